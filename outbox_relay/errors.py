@@ -1,0 +1,39 @@
+"""The errors of the project: one base class, and each message says what to do."""
+
+from __future__ import annotations
+
+
+class OutboxRelayError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class ConfigError(OutboxRelayError):
+    """The configuration can't be used; ``problems`` has one line for each mistake."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class InvalidMessageError(OutboxRelayError, ValueError):
+    """A message that Kafka or the outbox table would refuse."""
+
+
+class NotInTransactionError(OutboxRelayError):
+    """A message was added outside a transaction, so it could not share its fate with the domain rows."""
+
+
+class SchemaError(OutboxRelayError):
+    """The outbox schema is missing, or of a version that this release can't work with."""
+
+
+class SourceUnavailableError(OutboxRelayError):
+    """The database could not be reached, or did not answer in time; nothing was lost, try again later."""
+
+
+class PublisherUnavailableError(OutboxRelayError):
+    """Kafka could not be reached; nothing was lost, try again later."""
+
+
+class ServerError(OutboxRelayError):
+    """A local server for the demo or the tests could not be started."""

@@ -1,0 +1,63 @@
+"""The vocabulary: what a record is, and what may become of it. Imports nothing of the project."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+Header: TypeAlias = tuple[str, bytes]
+
+#: Header names that the relay writes itself; a row's own headers may not use them.
+RESERVED_HEADERS = ("id", "type", "outbox-id", "created_at")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One outbox row on its way to Kafka.
+
+    ``id`` is the outbox row's id: unique, and ascending within a ``(topic, key)``.
+    ``headers`` are complete: the relay's own come first, then the row's.
+    """
+
+    id: int
+    event_id: str
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[Header]
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """Kafka acknowledged the record."""
+
+    record: Record
+
+
+class Scope(Enum):
+    """How far a refusal reaches."""
+
+    ROW = "row"  #: the record itself was refused: its key waits, every other key flows
+    TOPIC = "topic"  #: the topic can't be written to: it waits, every other topic flows
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Kafka refused the record; it is offered again later, and nothing behind it goes first."""
+
+    record: Record
+    scope: Scope
+    error: str  #: the error's class, for logs: ``MessageSizeTooLargeError``
+    reason: str  #: what an operator can do with: one sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The record is nobody's fault and free again: never sent, or sent without a known answer."""
+
+    record: Record
+
+
+Outcome: TypeAlias = Delivered | Retry | Released

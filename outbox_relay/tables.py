@@ -1,0 +1,109 @@
+"""The tables, defined once. ``schema.sql`` says the same with comments, which a test proves."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Computed,
+    DateTime,
+    Double,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from outbox_relay.message import RESERVED_HEADERS
+
+BUCKETS = 64
+SLOTS = 16
+
+metadata = MetaData()
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", BigInteger, Identity(cache=1)),
+    Column("event_id", Uuid, nullable=False, server_default=text("gen_random_uuid()")),
+    Column("topic", Text, nullable=False),
+    Column("key", Text(collation="C")),
+    Column("type", Text),
+    Column("payload", LargeBinary),
+    Column("headers", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("sent_at", DateTime(timezone=True)),
+    Column(
+        "bucket",
+        SmallInteger,
+        Computed(
+            f"(CASE WHEN key IS NULL THEN id ELSE hashtextextended(key, 0) END & {BUCKETS - 1})::smallint",
+            persisted=True,
+        ),
+        nullable=False,
+    ),
+    PrimaryKeyConstraint("id", name="outbox_pkey"),
+    CheckConstraint(
+        "topic ~ '^[a-zA-Z0-9._-]{1,249}$' AND topic NOT IN ('.', '..')", name="outbox_topic_is_legal"
+    ),
+    CheckConstraint("payload IS NOT NULL OR key IS NOT NULL", name="outbox_tombstone_has_key"),
+    CheckConstraint(
+        "CASE WHEN jsonb_typeof(headers) = 'object' THEN NOT jsonb_path_exists(headers,"
+        """ 'strict $.* ? (@.type() != "string")') ELSE false END""",
+        name="outbox_headers_are_flat_strings",
+    ),
+    CheckConstraint(
+        f"headers - ARRAY[{', '.join(repr(name) for name in RESERVED_HEADERS)}] = headers",
+        name="outbox_headers_are_not_reserved",
+    ),
+)
+
+Index("outbox_unsent", outbox.c.bucket, outbox.c.id, postgresql_where=text("sent_at IS NULL"))
+
+outbox_relay = Table(
+    "outbox_relay",
+    metadata,
+    Column("relay_id", BigInteger, Identity(always=True)),
+    Column("name", Text, nullable=False),
+    Column("started_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("renewed_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("lease_seconds", Double, nullable=False),
+    Column("ready", Boolean, nullable=False),
+    Column("direct", Boolean, nullable=False),
+    PrimaryKeyConstraint("relay_id", name="outbox_relay_pkey"),
+)
+
+outbox_slot = Table(
+    "outbox_slot",
+    metadata,
+    Column("slot", SmallInteger, autoincrement=False),
+    Column("owner", BigInteger),
+    Column("epoch", BigInteger, nullable=False, server_default=text("0")),
+    Column("taken_at", DateTime(timezone=True)),
+    PrimaryKeyConstraint("slot", name="outbox_slot_pkey"),
+)
+
+outbox_layout = Table(
+    "outbox_layout",
+    metadata,
+    Column("only_row", Boolean, server_default=text("true")),
+    Column("outbox_uuid", Uuid, nullable=False, server_default=text("gen_random_uuid()")),
+    Column("layout_number", Integer, nullable=False, server_default=text("1")),
+    Column("buckets", SmallInteger, nullable=False),
+    Column("slots", SmallInteger, nullable=False),
+    Column("schema_version", Integer, nullable=False),
+    Column("oldest_relay", Text, nullable=False),
+    PrimaryKeyConstraint("only_row", name="outbox_layout_pkey"),
+    CheckConstraint("only_row", name="outbox_layout_has_one_row"),
+    CheckConstraint("slots > 0 AND buckets % slots = 0", name="outbox_layout_slots_divide_buckets"),
+)
