@@ -37,3 +37,7 @@ class PublisherUnavailableError(OutboxRelayError):
 
 class ServerError(OutboxRelayError):
     """A local server for the demo or the tests could not be started."""
+
+
+class CheckError(OutboxRelayError):
+    """A check could not be carried out to its end, so it says nothing about the data."""

@@ -53,9 +53,7 @@ outbox = Table(
         nullable=False,
     ),
     PrimaryKeyConstraint("id", name="outbox_pkey"),
-    CheckConstraint(
-        "topic ~ '^[a-zA-Z0-9._-]{1,249}$' AND topic NOT IN ('.', '..')", name="outbox_topic_is_legal"
-    ),
+    CheckConstraint("topic ~ '^[a-zA-Z0-9._-]{1,249}$' AND topic NOT IN ('.', '..')", name="outbox_topic_is_legal"),
     CheckConstraint("payload IS NOT NULL OR key IS NOT NULL", name="outbox_tombstone_has_key"),
     CheckConstraint(
         "CASE WHEN jsonb_typeof(headers) = 'object' THEN NOT jsonb_path_exists(headers,"

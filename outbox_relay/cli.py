@@ -1,0 +1,84 @@
+"""The command line: verbs only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import click
+
+from outbox_relay import __version__, config, daemon, logs, schema
+from outbox_relay.errors import ConfigError, OutboxRelayError
+
+#: sysexits.h: the configuration is at fault (EX_CONFIG), or a service isn't there (EX_UNAVAILABLE).
+EXIT_CONFIG = 78
+EXIT_UNAVAILABLE = 69
+
+
+@click.group()
+@click.version_option(__version__, prog_name="outbox-relay")
+def main() -> None:
+    """Carry what an application committed to PostgreSQL into Kafka."""
+
+
+@main.command()
+@click.option("--config", "path", type=click.Path(path_type=Path), required=True, help="The TOML file.")
+@click.option("--once", is_flag=True, help="Drain what can be claimed, then exit 0.")
+def run(path: Path, once: bool) -> None:
+    """Relay until SIGTERM or SIGINT; a second signal stops at once."""
+    with _failing_clearly():
+        settings = config.load(path)
+        logs.configure(settings.log.level, settings.log.format)
+        code = asyncio.run(daemon.run(settings, once=once))
+    sys.exit(code)
+
+
+@main.group("schema")
+def schema_group() -> None:
+    """The tables in PostgreSQL."""
+
+
+@schema_group.command("print")
+def schema_print() -> None:
+    """Print the SQL."""
+    click.echo(schema.read_sql(), nl=False)
+
+
+@schema_group.command("apply")
+@click.option("--config", "path", type=click.Path(path_type=Path), help="The TOML file with database.url.")
+@click.option("--database-url", envvar="DATABASE_URL", help="Instead of --config.  [env: DATABASE_URL]")
+def schema_apply(path: Path | None, database_url: str | None) -> None:
+    """Create the tables, or upgrade them to this release."""
+    with _failing_clearly():
+        if path is not None:
+            database_url = config.load(path).database.url
+        if database_url is None:
+            raise ConfigError(["give --config or --database-url: which database is meant?"])
+        applied = asyncio.run(_apply(database_url))
+    click.echo(applied)
+
+
+async def _apply(url: str) -> schema.Applied:
+    connection = await asyncpg.connect(url, timeout=10)
+    try:
+        return await schema.apply(connection)
+    finally:
+        await connection.close(timeout=10)
+
+
+@contextlib.contextmanager
+def _failing_clearly() -> Iterator[None]:
+    """Turn what an operator can mend into lines on stderr and an exit code."""
+    try:
+        yield
+    except ConfigError as error:
+        for problem in error.problems:
+            click.echo(problem, err=True)
+        sys.exit(EXIT_CONFIG)
+    except (OutboxRelayError, OSError, TimeoutError, asyncpg.PostgresError) as error:
+        click.echo(str(error) or type(error).__name__, err=True)
+        sys.exit(EXIT_UNAVAILABLE)

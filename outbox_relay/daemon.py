@@ -1,0 +1,197 @@
+"""Puts the relay process together, and ends it in order. The only place that knows every part.
+
+Stop: claim nothing more → finish what is in flight, within the grace → settle and release → close Kafka → give the
+slots and the name back → close the database. A second signal, or the end of the grace, cuts that short: what was in
+flight is published again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
+
+from outbox_relay import schema
+from outbox_relay.config import Config
+from outbox_relay.errors import SchemaError, SourceUnavailableError
+from outbox_relay.publisher import KafkaPublisher
+from outbox_relay.relay import Poll, Relay
+from outbox_relay.retry import Backoff
+from outbox_relay.source.polling import PollingSource
+from outbox_relay.source.session import Database, Session
+from outbox_relay.source.slots import Slots
+from outbox_relay.telemetry import Telemetry
+
+EXIT_OK = 0
+#: Stopped before everything in flight was settled.
+EXIT_FORCED = 1
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+async def run(config: Config, *, once: bool = False) -> int:
+    """Run one relay process until a signal, or, with ``once``, until nothing is left to claim. The exit code."""
+    telemetry = Telemetry(relay=config.relay.name)
+    telemetry.starting(batch_rows=config.relay.batch_rows, claims_in_flight=config.relay.claims_in_flight)
+    with _Signals(telemetry, config.relay.shutdown_grace_seconds) as signals:
+        code = await _run(config, telemetry, signals, once=once)
+    telemetry.stopped()
+    return code
+
+
+async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once: bool) -> int:
+    database = Database(
+        config.database.url,
+        config.database.connect_timeout_seconds,
+        config.database.statement_timeout_seconds,
+    )
+    heart = Session(database, f"outbox-relay {config.relay.name} heartbeat")
+    verifying = asyncio.ensure_future(_verified_layout(heart, telemetry))
+    if not await signals.first_or(verifying):
+        verifying.cancel()
+        await asyncio.wait([verifying])
+        await heart.close()
+        return EXIT_OK
+    layout = await verifying
+
+    lanes = range(config.relay.claims_in_flight)
+    slots = Slots(
+        heart,
+        telemetry,
+        name=config.relay.name,
+        lanes=len(lanes),
+        lease_seconds=config.relay.lease_seconds,
+        heartbeat_seconds=config.relay.heartbeat_seconds,
+    )
+    sources = [_source(config, layout, database, slots, lane, telemetry) for lane in lanes]
+    poll = Poll(config.relay.poll_floor_seconds, config.relay.poll_ceiling_seconds)
+    relays = [Relay(source, _publisher(config, telemetry), poll, telemetry, once=once) for source in sources]
+
+    heartbeat = asyncio.ensure_future(slots.run())
+    running = asyncio.gather(*(relay.run() for relay in relays))
+    try:
+        code = EXIT_OK
+        # A heartbeat that ends has met a defect: nothing may go on without it.
+        if not await signals.first_or(running, heartbeat):
+            for relay in relays:
+                relay.stop()
+            if not await signals.second_or_grace_or(running):
+                code = EXIT_FORCED
+        for task in (running, heartbeat):
+            if task.done():
+                task.result()
+        return code
+    finally:
+        for task in (running, heartbeat):
+            task.cancel()
+        await asyncio.wait([running, heartbeat])
+        await slots.leave()
+        for source in sources:
+            await source.close()
+
+
+async def _verified_layout(session: Session, telemetry: Telemetry) -> schema.Layout:
+    """Wait for a database with a schema that this release can work with."""
+
+    async def verify() -> schema.Layout:
+        connection = await session.connection()
+        with session.unavailable("read outbox_layout"):
+            return await schema.verify(connection)
+
+    def report(state: RetryCallState) -> None:
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        assert error is not None
+        telemetry.database_unavailable(error)
+
+    attempts = AsyncRetrying(
+        retry=retry_if_exception_type((SourceUnavailableError, SchemaError)),
+        wait=wait_exponential_jitter(initial=0.1, max=5.0, jitter=0.5),
+        before_sleep=report,
+    )
+    layout = await attempts(verify)
+    telemetry.database_available()
+    return layout
+
+
+def _source(
+    config: Config, layout: schema.Layout, database: Database, slots: Slots, lane: int, telemetry: Telemetry
+) -> PollingSource:
+    return PollingSource(
+        Session(database, f"outbox-relay {config.relay.name} lane {lane}"),
+        slots,
+        lane,
+        telemetry,
+        layout_buckets=layout.buckets,
+        layout_slots=layout.slots,
+        batch_rows=config.relay.batch_rows,
+        statement_timeout_seconds=config.database.statement_timeout_seconds,
+        backoff=Backoff(config.relay.retry_first_seconds, config.relay.retry_ceiling_seconds),
+    )
+
+
+def _publisher(config: Config, telemetry: Telemetry) -> KafkaPublisher:
+    kafka = config.kafka
+    return KafkaPublisher(
+        kafka.bootstrap_servers,
+        telemetry,
+        client_id=kafka.client_id,
+        compression=kafka.compression,
+        batch_bytes=kafka.batch_bytes,
+        connect_timeout_seconds=kafka.connect_timeout_seconds,
+        request_timeout_seconds=kafka.request_timeout_seconds,
+        publish_warn_seconds=kafka.publish_warn_seconds,
+        publish_deadline_seconds=kafka.publish_deadline_seconds,
+    )
+
+
+class _Signals:
+    """SIGTERM and SIGINT: the first asks to stop, the second insists."""
+
+    def __init__(self, telemetry: Telemetry, grace_seconds: float) -> None:
+        self._telemetry = telemetry
+        self._grace_seconds = grace_seconds
+        self._first = asyncio.Event()
+        self._second = asyncio.Event()
+
+    def __enter__(self) -> _Signals:
+        for number in _STOP_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._caught, number)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in _STOP_SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+    def _caught(self, number: signal.Signals) -> None:
+        if self._first.is_set():
+            self._second.set()
+        else:
+            self._telemetry.stopping(number.name, self._grace_seconds)
+            self._first.set()
+
+    async def first_or(self, *tasks: asyncio.Future[Any]) -> bool:
+        """Wait until any of the tasks is done (True) or a signal came (False)."""
+        return await _any_before(self._first, tasks, None)
+
+    async def second_or_grace_or(self, task: asyncio.Future[Any]) -> bool:
+        """Wait until the task is done (True), or a second signal came or the grace ran out (False)."""
+        done = await _any_before(self._second, [task], self._grace_seconds)
+        if not done:
+            self._telemetry.forced("second signal" if self._second.is_set() else "the grace ran out")
+        return done
+
+
+async def _any_before(
+    event: asyncio.Event, tasks: Sequence[asyncio.Future[Any]], timeout_seconds: float | None
+) -> bool:
+    """Whether one of the tasks was done before the event or the timeout."""
+    waiter = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait([waiter, *tasks], timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiter.cancel()
+    return any(task.done() for task in tasks)

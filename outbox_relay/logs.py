@@ -1,0 +1,47 @@
+"""Sets up structlog: JSON lines on stdout, readable on a terminal, other libraries' records in the same stream."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import structlog
+
+
+def configure(level: str, format_: str) -> None:
+    """Send everything of ``level`` and above to stdout.
+
+    Other libraries are held to INFO and above whatever the level: aiokafka's DEBUG lines hold keys and payloads.
+    """
+    console = format_ == "console" or (format_ == "auto" and sys.stdout.isatty())
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        cache_logger_on_first_use=True,
+    )
+    renderer: Any = (
+        structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty()) if console else structlog.processors.JSONRenderer()
+    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(threshold, logging.INFO))
+    logging.getLogger("outbox_relay").setLevel(threshold)
+    # aiokafka reports each failed connect at ERROR while the relay's own lines tell of the outage once.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)

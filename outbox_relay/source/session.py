@@ -1,0 +1,119 @@
+"""One PostgreSQL connection that is dropped on the first doubt and rebuilt on the next use.
+
+Every call has a deadline, and every failure becomes :class:`SourceUnavailableError`: an error in the middle of a
+transaction, a demoted primary (25006), a restart (57P01) and a silent network all end in a new connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+
+from outbox_relay.errors import SourceUnavailableError
+
+#: What a lost database looks like. TimeoutError and OSError come from sockets, the rest from asyncpg.
+_FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """Where PostgreSQL is, and how long one connect and one statement may take, in seconds."""
+
+    url: str
+    connect_timeout_seconds: float
+    statement_timeout_seconds: float
+
+
+class Session:
+    """A connection of its own, opened at first use. Not for two tasks at once."""
+
+    def __init__(self, database: Database, application_name: str) -> None:
+        self._database = database
+        self._application_name = application_name
+        self._connection: asyncpg.Connection | None = None
+        self._warnings: list[str] = []
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None and not self._connection.is_closed()
+
+    async def connection(self) -> asyncpg.Connection:
+        """The live connection, made anew if there is none."""
+        if self._connection is None or self._connection.is_closed():
+            with self.unavailable("connect to the database"):
+                self._connection = await asyncpg.connect(
+                    self._database.url,
+                    timeout=self._database.connect_timeout_seconds,
+                    command_timeout=self._database.statement_timeout_seconds,
+                    server_settings={"application_name": self._application_name},
+                )
+                self._connection.add_log_listener(self._remember_warning)
+        return self._connection
+
+    async def fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
+        """Run one statement; outside :meth:`transaction` it is a transaction by itself."""
+        connection = await self.connection()
+        with self.unavailable(statement.lstrip("\n- ").partition("\n")[0]):
+            rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments)
+            return rows
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        """A transaction that is known to be durable when the block is left without an error.
+
+        A COMMIT that timed out, or that came with a warning (*canceling wait for synchronous replication*: it is
+        committed here, but a standby may not have it), doesn't count: SourceUnavailableError, the session is gone.
+        """
+        connection = await self.connection()
+        with self.unavailable("begin"):
+            await connection.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            # Not rolled back politely: whatever went wrong, a closed socket rolls back for sure.
+            self.drop()
+            raise
+        self._warnings.clear()
+        with self.unavailable("commit"):
+            await connection.execute("COMMIT")
+        if self._warnings:
+            self.drop()
+            raise SourceUnavailableError(f"commit is in doubt: {self._warnings[0]}")
+
+    def drop(self) -> None:
+        """Close the socket at once; the server rolls back what was open."""
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
+
+    async def close(self) -> None:
+        """Say goodbye; bounded by the statement timeout."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                await connection.close(timeout=self._database.connect_timeout_seconds)
+            except _FAILURES:
+                connection.terminate()
+
+    def _remember_warning(self, _: Any, message: asyncpg.PostgresLogMessage) -> None:
+        if message.severity_en == "WARNING":
+            self._warnings.append(message.message)
+
+    @contextlib.contextmanager
+    def unavailable(self, doing: str) -> Iterator[None]:
+        """Turn any failure of the database within the block into SourceUnavailableError, and drop the session."""
+        try:
+            yield
+        except _FAILURES as error:
+            self.drop()
+            detail = str(error) or f"no answer within {self._database.statement_timeout_seconds} s"
+            raise SourceUnavailableError(f"{doing}: {detail}") from error
+        except asyncio.CancelledError:
+            # A statement cancelled half-way may leave its backend holding locks.
+            self.drop()
+            raise

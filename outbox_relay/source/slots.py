@@ -1,0 +1,281 @@
+"""Who owns which slot.
+
+A slot is a share of the outbox (every bucket ``b`` with ``b % slots == slot``) and belongs to one relay at a time.
+Relays announce themselves in ``outbox_relay`` and renew their row with each heartbeat. Slots without a living owner
+are taken, up to a fair share; what a relay has above its share it lets go once its claim there is settled.
+
+An owner is dead when its lease ran out, or, if it is connected directly, when the advisory lock that its session
+held is gone: PostgreSQL drops that with the connection, so a killed relay is replaced at the next heartbeat.
+The lock only saves waiting. What keeps two relays apart is the slot's ``epoch``, which every claim checks under lock
+(see ``polling.py``), so nothing here has to be timely for order to hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Collection, Iterable, Set
+from dataclasses import dataclass
+
+from outbox_relay.errors import SourceUnavailableError
+from outbox_relay.source.session import Session
+from outbox_relay.telemetry import Telemetry
+
+# The class of the advisory lock is the oid of this very table, so that a stranger's number doesn't meet it.
+_LOCK_CLASS = "'outbox_relay'::regclass::oid::bigint::bit(32)::integer"
+
+REGISTER = """
+-- register
+INSERT INTO outbox_relay (name, lease_seconds, ready, direct) VALUES ($1, $2, false, false) RETURNING relay_id
+"""
+
+# Behind a pooler the process id that the connection was told isn't the backend's: no lock, for it would be
+# somebody else's soon.
+LOCK = f"""
+-- lock
+SELECT CASE WHEN pg_backend_pid() = $2
+            THEN pg_try_advisory_lock({_LOCK_CLASS}, ($1::bigint & 2147483647)::integer)
+            ELSE false END AS direct
+"""
+
+# $1 is the asking relay, which is alive by asking.
+_ALIVE = """
+    SELECT r.relay_id, r.ready
+    FROM outbox_relay r
+    WHERE r.relay_id <> $1
+      AND r.renewed_at > now() - make_interval(secs => r.lease_seconds)
+      AND (NOT r.direct OR EXISTS (
+          SELECT FROM pg_locks l
+          WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
+            AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+            AND l.classid = 'outbox_relay'::regclass::oid
+            AND l.objid::bigint = r.relay_id & 2147483647
+      ))
+"""
+
+HEARTBEAT = f"""
+-- heartbeat
+WITH renewed AS (
+    UPDATE outbox_relay SET renewed_at = now(), ready = $2, direct = $3 WHERE relay_id = $1 RETURNING relay_id
+), alive AS MATERIALIZED ({_ALIVE})
+SELECT EXISTS (SELECT FROM renewed) AS registered,
+       ARRAY(SELECT a.relay_id FROM alive a WHERE a.ready) AS ready_peers,
+       ARRAY(SELECT s.slot FROM outbox_slot s WHERE s.owner = $1 ORDER BY s.slot) AS owned,
+       ARRAY(SELECT s.epoch FROM outbox_slot s WHERE s.owner = $1 ORDER BY s.slot) AS epochs,
+       ARRAY(SELECT s.slot FROM outbox_slot s
+             WHERE s.owner IS NULL
+                OR (s.owner <> $1 AND s.owner NOT IN (SELECT a.relay_id FROM alive a))) AS free,
+       (SELECT count(*) FROM outbox_slot) AS slots
+"""
+
+TAKE = f"""
+-- take
+WITH alive AS MATERIALIZED ({_ALIVE})
+UPDATE outbox_slot SET owner = $1, epoch = epoch + 1, taken_at = now()
+WHERE slot = ANY (ARRAY(
+    SELECT s.slot FROM outbox_slot s
+    WHERE s.slot = ANY ($2::smallint[])
+      AND (s.owner IS NULL OR (s.owner <> $1 AND s.owner NOT IN (SELECT a.relay_id FROM alive a)))
+    ORDER BY s.slot
+    LIMIT $3
+    FOR UPDATE SKIP LOCKED
+))
+RETURNING slot, epoch
+"""
+
+# Long dead relays are only history; a lease is what makes one dead.
+FORGET = """
+-- forget
+DELETE FROM outbox_relay
+WHERE relay_id <> $1 AND renewed_at < now() - make_interval(secs => 60 * lease_seconds)
+"""
+
+LEAVE = """
+-- leave
+WITH freed AS (UPDATE outbox_slot SET owner = NULL, epoch = epoch + 1 WHERE owner = $1)
+DELETE FROM outbox_relay WHERE relay_id = $1
+"""
+
+
+def fair_share(slots: int, ready_peers: Collection[int], me: int) -> int:
+    """How many of ``slots`` belong to relay ``me``: even, and those left over go to the oldest relays."""
+    relays = sorted({*ready_peers, me})
+    share, left_over = divmod(slots, len(relays))
+    return share + (relays.index(me) < left_over)
+
+
+@dataclass(slots=True)
+class _Owned:
+    epoch: int
+    lane: int
+
+
+class Slots:
+    """The slots of one relay process, spread over its lanes.
+
+    The database is the truth: each heartbeat replaces what is known here. A lane asks :meth:`of_lane` before
+    a claim and :meth:`held` before each send.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        telemetry: Telemetry,
+        *,
+        name: str,
+        lanes: int,
+        lease_seconds: float,
+        heartbeat_seconds: float,
+    ) -> None:
+        self._session = session
+        self._telemetry = telemetry
+        self._name = name
+        self._lease_seconds = lease_seconds
+        self._heartbeat_seconds = heartbeat_seconds
+        self._relay_id: int | None = None
+        self._direct = False
+        self._releases = 0
+        self._owned: dict[int, _Owned] = {}
+        self._surplus: set[int] = set()
+        self._ready = [False] * lanes
+        self._valid_until = 0.0
+        self._nudge = asyncio.Event()
+        self._first_beat = asyncio.Event()
+
+    # -- what lanes ask
+
+    async def known(self) -> bool:
+        """Whether slots were shared out since the start; waits for it as long as a heartbeat takes."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._heartbeat_seconds):
+                await self._first_beat.wait()
+        return self._first_beat.is_set()
+
+    def of_lane(self, lane: int) -> dict[int, int]:
+        """``{slot: epoch}`` that this lane holds, surplus included."""
+        return {slot: owned.epoch for slot, owned in self._owned.items() if owned.lane == lane}
+
+    @property
+    def surplus(self) -> Set[int]:
+        """Slots above the fair share: not claimed from, and let go once nothing there is unsettled."""
+        return self._surplus
+
+    def held(self, epochs: dict[int, int]) -> bool:
+        """Whether these slots are still ours, as far as can be known without asking PostgreSQL."""
+        return self.in_lease() and all(
+            (owned := self._owned.get(slot)) is not None and owned.epoch == epoch for slot, epoch in epochs.items()
+        )
+
+    def in_lease(self) -> bool:
+        """Whether the last heartbeat is recent enough that no other relay can take us for dead."""
+        return time.monotonic() < self._valid_until
+
+    # -- what lanes report
+
+    def set_ready(self, lane: int, ready: bool) -> None:
+        """Whether the lane can publish. A relay that isn't ready in every lane takes no further slots."""
+        if self._ready[lane] != ready:
+            self._ready[lane] = ready
+            self._nudge.set()
+
+    def released(self, slots: Iterable[int]) -> None:
+        self._releases += 1
+        gone = {slot for slot in slots if self._owned.pop(slot, None) is not None}
+        self._surplus -= gone
+        if gone:
+            self._telemetry.slots_released(gone, len(self._owned))
+
+    def lost(self, slots: Iterable[int], reason: str) -> None:
+        gone = {slot for slot in slots if self._owned.pop(slot, None) is not None}
+        self._surplus -= gone
+        if gone:
+            self._telemetry.slots_lost(gone, reason)
+
+    # -- the heartbeat
+
+    async def run(self) -> None:
+        """Beat until cancelled. A database out of reach is reported and waited for."""
+        while True:
+            self._nudge.clear()
+            try:
+                await self.beat()
+            except SourceUnavailableError as error:
+                self._telemetry.database_unavailable(error)
+            try:
+                async with asyncio.timeout(self._heartbeat_seconds):
+                    await self._nudge.wait()
+            except TimeoutError:
+                continue
+
+    async def beat(self) -> None:
+        """Renew, learn who lives and who owns what, and take what is free and due."""
+        relay_id = await self._announced()
+        ready = all(self._ready)
+        asked_at = time.monotonic()
+        releases = self._releases
+        (row,) = await self._session.fetch(HEARTBEAT, relay_id, ready, self._direct)
+        if not row["registered"]:
+            self.lost(list(self._owned), "this relay's row in outbox_relay is gone")
+            self._relay_id = None
+            self._nudge.set()
+            return
+        self._valid_until = asked_at + self._lease_seconds
+        # What was read before a release that has happened meanwhile must not bring the slot back.
+        self._adopt(dict(zip(row["owned"], row["epochs"], strict=True)), new=releases == self._releases)
+        if not ready:
+            return
+        share = fair_share(row["slots"], row["ready_peers"], relay_id)
+        self._surplus = set(sorted(self._owned)[share:])
+        wanted = share - len(self._owned)
+        if wanted > 0 and row["free"]:
+            taken = await self._session.fetch(TAKE, relay_id, row["free"], wanted)
+            self._adopt(self._epochs() | {slot["slot"]: slot["epoch"] for slot in taken}, new=True)
+            if taken:
+                self._telemetry.slots_taken([slot["slot"] for slot in taken], len(self._owned))
+        self._first_beat.set()
+
+    async def _announced(self) -> int:
+        """This relay's id, with the advisory lock on the session of now.
+
+        A lost session doesn't lose the slots by itself: who takes them meanwhile raises their epoch.
+        """
+        if self._relay_id is not None and self._session.connected:
+            return self._relay_id
+        connection = await self._session.connection()
+        relay_id = self._relay_id
+        if relay_id is None:
+            (row,) = await self._session.fetch(REGISTER, self._name, self._lease_seconds)
+            relay_id = row["relay_id"]
+            await self._session.fetch(FORGET, relay_id)
+        (row,) = await self._session.fetch(LOCK, relay_id, connection.get_server_pid())
+        self._direct = row["direct"]
+        if self._relay_id is None:
+            self._telemetry.registered(relay_id, self._direct)
+        self._relay_id = relay_id
+        return relay_id
+
+    def _epochs(self) -> dict[int, int]:
+        return {slot: owned.epoch for slot, owned in self._owned.items()}
+
+    def _adopt(self, epochs: dict[int, int], *, new: bool) -> None:
+        """Make what is known here what the database says; with ``new``, also about slots not known yet."""
+        gone = [slot for slot, owned in self._owned.items() if epochs.get(slot) != owned.epoch]
+        self.lost(gone, "another relay has taken them")
+        for slot, epoch in epochs.items():
+            if new and slot not in self._owned:
+                self._owned[slot] = _Owned(epoch, self._emptiest_lane())
+
+    def _emptiest_lane(self) -> int:
+        lanes = [owned.lane for owned in self._owned.values()]
+        return min(range(len(self._ready)), key=lambda lane: (not self._ready[lane], lanes.count(lane)))
+
+    async def leave(self) -> None:
+        """Give back every slot and the name. Bounded; without a database the lease runs out instead."""
+        if self._relay_id is not None:
+            try:
+                await self._session.fetch(LEAVE, self._relay_id)
+            except SourceUnavailableError as error:
+                self._telemetry.database_unavailable(error)
+        self._owned.clear()
+        await self._session.close()
