@@ -109,7 +109,7 @@ async def _verified_layout(session: Session, telemetry: Telemetry) -> schema.Lay
 
     attempts = AsyncRetrying(
         retry=retry_if_exception_type((SourceUnavailableError, SchemaError)),
-        wait=wait_exponential_jitter(initial=0.1, max=5.0, jitter=0.5),
+        wait=wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.5),
         before_sleep=report,
     )
     layout = await attempts(verify)

@@ -119,8 +119,6 @@ class Relay:
             pause_seconds = 0.0
             while not self._stop.is_set():
                 if not self._publisher.ready:
-                    # Whoever can't publish doesn't keep rows from a relay that can.
-                    await self._source.release()
                     await self._until_it_works(self._connect, self._telemetry.kafka_unavailable)
                     continue
                 claim = await self._until_it_works(self._source.claim, self._telemetry.database_unavailable)
@@ -143,6 +141,8 @@ class Relay:
             await self._publisher.close()
 
     async def _connect(self) -> None:
+        # Whoever can't publish doesn't keep rows from a relay that can.
+        await self._source.release()
         await self._publisher.connect()
         self._telemetry.kafka_available()
 
@@ -159,7 +159,7 @@ class Relay:
 
         attempts = AsyncRetrying(
             retry=retry_if_exception_type((SourceUnavailableError, PublisherUnavailableError)),
-            wait=wait_exponential_jitter(initial=0.1, max=5.0, jitter=0.5),
+            wait=wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.5),
             stop=lambda _: self._stop.is_set(),
             sleep=self._sleep,
             before_sleep=before_sleep,
