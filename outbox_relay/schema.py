@@ -137,8 +137,8 @@ async def _create(connection: asyncpg.Connection) -> None:
         await connection.execute(read_sql())
     except (asyncpg.DuplicateTableError, asyncpg.DuplicateObjectError) as error:
         raise SchemaError(
-            f"{error}, and it isn't outbox-relay's: rename it, or put the outbox into a schema of its own, the first"
-            " on the search_path of the application and the relay"
+            f"{error.args[0]}, and it isn't outbox-relay's: rename it, or put the outbox into a schema of its own,"
+            " the first on the search_path of the application and the relay"
         ) from error
 
 

@@ -77,7 +77,7 @@ def test_a_str_becomes_its_utf8_bytes_without_quotes() -> None:
 def test_none_is_a_tombstone_which_needs_a_key() -> None:
     assert payload_of(None) is None
     assert Message("orders", None, key="").payload is None
-    with pytest.raises(InvalidMessageError, match="tombstone.*give the key"):
+    with pytest.raises(InvalidMessageError, match="tombstone"):
         Message("orders", None)
 
 
