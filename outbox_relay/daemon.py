@@ -70,8 +70,8 @@ async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once:
     poll = Poll(config.relay.poll_floor_seconds, config.relay.poll_ceiling_seconds)
     relays = [Relay(source, _publisher(config, telemetry), poll, telemetry, once=once) for source in sources]
 
-    heartbeat = asyncio.ensure_future(slots.run())
-    running = asyncio.gather(*(relay.run() for relay in relays))
+    heartbeat: asyncio.Future[Any] = asyncio.ensure_future(slots.run())
+    running: asyncio.Future[Any] = asyncio.gather(*(relay.run() for relay in relays))
     try:
         code = EXIT_OK
         # A heartbeat that ends has met a defect: nothing may go on without it.
@@ -112,7 +112,7 @@ async def _verified_layout(session: Session, telemetry: Telemetry) -> schema.Lay
         wait=wait_exponential_jitter(multiplier=0.1, max=5.0, jitter=0.5),
         before_sleep=report,
     )
-    layout = await attempts(verify)
+    layout: schema.Layout = await attempts(verify)
     telemetry.database_available()
     return layout
 

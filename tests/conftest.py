@@ -1,6 +1,86 @@
+"""Real servers, shared by the whole run; each test has a database of its own, and topics that it names itself."""
+
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from sqlalchemy import make_url
+
+from outbox_relay import schema
+from outbox_relay.servers import Kafka, MavenUnreachableError, Postgres, PostgresServer, open_kafka, open_postgres
 
 # pytest-asyncio remembers "the loop of before" and thereby makes one that nobody closes, unless there is surely none.
 asyncio.set_event_loop(None)
+
+#: A crash of PostgreSQL, which the tests provoke, loses nothing without fsync; only a crash of the machine would.
+POSTGRES_SETTINGS = {"fsync": "off", "full_page_writes": "off", "max_connections": "300"}
+
+
+@dataclass
+class Database:
+    """An empty database, or one with the outbox schema, that is dropped after the test with all its connections."""
+
+    url: str
+    _opened: list[asyncpg.Connection] = field(default_factory=list)
+
+    async def connect(self) -> asyncpg.Connection:
+        self._opened.append(await asyncpg.connect(self.url))
+        return self._opened[-1]
+
+    async def close(self) -> None:
+        for connection in self._opened:
+            with contextlib.suppress(OSError, TimeoutError, asyncpg.PostgresError):
+                await connection.close(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    if os.environ.get("DATABASE_URL"):
+        yield open_postgres()
+        return
+    with PostgresServer.start(POSTGRES_SETTINGS) as server:
+        yield Postgres(server.url(), server)
+
+
+@pytest.fixture
+async def database(postgres: Postgres) -> AsyncIterator[Database]:
+    name = f"test_{uuid4().hex}"
+    admin = await asyncpg.connect(postgres.url)
+    try:
+        await admin.execute(f"CREATE DATABASE {name}")
+        database = Database(make_url(postgres.url).set(database=name).render_as_string(hide_password=False))
+        try:
+            yield database
+        finally:
+            await database.close()
+            await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        await admin.close()
+
+
+@pytest.fixture
+async def outbox_database(database: Database) -> Database:
+    await schema.apply(await database.connect())
+    return database
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[Kafka]:
+    """Apache Kafka; where it can't be had, the test is skipped, or with REQUIRE_KAFKA=1 fails."""
+    try:
+        kafka = open_kafka()
+    except MavenUnreachableError as error:
+        if os.environ.get("REQUIRE_KAFKA") == "1":
+            raise
+        pytest.skip(str(error))
+    try:
+        yield kafka
+    finally:
+        kafka.close()

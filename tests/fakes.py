@@ -128,5 +128,3 @@ class MemoryPublisher:
 
     async def close(self) -> None:
         self._ready = False
-
-
