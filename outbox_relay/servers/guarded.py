@@ -88,9 +88,13 @@ class Guarded:
         code: int | None = self._ask("wait", seconds=seconds)
         return code
 
-    def stop(self, number: signal.Signals) -> None:
-        """Send a signal and wait for the end, insisting with SIGKILL; then kill what the process has started."""
-        self._ask("stop", signal=number.value)
+    def stop(self, number: signal.Signals) -> int:
+        """Send a signal and wait for the end, insisting with SIGKILL; then kill what the process has started.
+
+        The process's exit code, the negative of the signal that ended it.
+        """
+        code: int = self._ask("stop", signal=number.value)
+        return code
 
     def pause(self) -> None:
         """SIGSTOP: connections stay open and nothing answers."""
@@ -99,6 +103,11 @@ class Guarded:
     def resume(self) -> None:
         """SIGCONT."""
         self._ask("resume")
+
+    @property
+    def log_from(self) -> int:
+        """Where in ``log`` the output of the process that was started last begins, in bytes."""
+        return self._log_from
 
     def output(self) -> str:
         """What the process that was started last has written."""
