@@ -1,0 +1,83 @@
+"""The README's examples do what the README says they do."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from outbox_relay import config, topic_reader
+from outbox_relay.servers import Kafka
+from tests.acceptance.relays import relay_process
+from tests.conftest import Database
+
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text()
+
+
+def example(name: str) -> str:
+    """The code block that follows the README's remark ``<!-- tested: name -->``."""
+    match = re.search(rf"<!-- tested: {name} -->\n```\w+\n(.*?)\n```\n", README, re.DOTALL)
+    assert match is not None, f"the README has no example {name!r}"
+    return match[1]
+
+
+def test_every_example_marked_as_tested_is_tested_here() -> None:
+    assert set(re.findall(r"<!-- tested: (\w+) -->", README)) == {"fastapi", "sql", "config"}
+
+
+def test_every_file_that_the_readme_links_to_exists() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+
+
+def test_the_configuration_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(example("config"))
+    assert config.load(path).kafka.bootstrap_servers == ["localhost:9092"]
+
+
+async def test_the_order_service_and_the_sql_reach_kafka_in_order(
+    outbox_database: Database, kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = f"orders-{uuid4().hex}"
+    await kafka.create_topic(topic, 3)
+    service: Any = ModuleType("order_service")
+    monkeypatch.setenv("DATABASE_URL", outbox_database.url)
+    monkeypatch.setitem(sys.modules, "order_service", service)  # where FastAPI looks annotations up
+    exec(example("fastapi").replace('Message("orders"', f'Message("{topic}"'), service.__dict__)
+    async with service.engine.begin() as connection:
+        await connection.run_sync(service.Base.metadata.create_all)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(service.app), base_url="http://orders") as client:
+        placed = await client.post("/orders/ada")
+        placed.raise_for_status()
+        order_id = placed.json()
+        (await client.post(f"/orders/{order_id}/pay")).raise_for_status()
+        failed = client.post(f"/orders/{order_id + 1}/pay")  # there is no such order
+        with pytest.raises(Exception, match="No row was found"):
+            await failed
+    await service.engine.dispose()
+    connection = await outbox_database.connect()
+    await connection.execute(example("sql").replace("'orders'", f"'{topic}'"))
+
+    with relay_process(outbox_database.url, kafka.bootstrap_servers, "--once") as relay:
+        assert await relay.exit_code() == 0
+    records = [r async for r in topic_reader.read_topics(kafka.bootstrap_servers, [topic], deadline_seconds=30)]
+    by_key = {
+        key: [(dict(r.headers)["type"], r.value) for r in records if r.key == key] for key in {r.key for r in records}
+    }
+    assert by_key == {
+        str(order_id).encode(): [
+            (b"OrderPlaced", b'{"id":%d,"customer":"ada"}' % order_id),
+            (b"OrderPaid", b'{"id":%d}' % order_id),
+        ],
+        b"42": [(b"OrderPlaced", b'{"id": 42}')],
+    }
+    assert [dict(r.headers).get("tenant") for r in records if r.key == b"42"] == [b"north"]
