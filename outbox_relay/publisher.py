@@ -102,6 +102,9 @@ class KafkaPublisher:
         try:
             async with asyncio.timeout(self._connect_timeout_seconds):
                 await producer.start()
+                # A new client knows no topic yet, and a topic that it doesn't know counts as missing.
+                if not await producer.client.force_metadata_update():
+                    raise kafka_errors.KafkaConnectionError("no broker answers")
         except (kafka_errors.KafkaError, OSError, TimeoutError) as error:
             await _dismantle(producer)
             reason = str(error) or f"no answer within {self._connect_timeout_seconds} s"
@@ -132,6 +135,8 @@ class KafkaPublisher:
     # -- one publication
 
     async def _send_all(self, publication: _Publication, is_ours: Callable[[], bool]) -> None:
+        if self._producer is None:
+            return
         queues = await self._queues(publication)
         while queues and self._producer is not None and is_ours():
             # One batch a partition, and its next only when that is acknowledged: none overtakes one that fails.
