@@ -47,12 +47,19 @@ _ROW_ERRORS = (
 )
 
 _BATCH_OVERHEAD_BYTES = 61
+#: A broker closes the connection on a request above its ``socket.request.max.bytes``, by default 100 MiB, instead of
+#: answering, and would on every later try. Measured before compression, as Java's client does, with room for names.
+_REQUEST_BYTES = 99 * 1024 * 1024
 _CLOSE_TIMEOUT_SECONDS = 5.0
 #: A publish deadline that passed is lengthened for the next try, up to this many times its setting.
 _LONGEST_DEADLINE = 8
 
 Partition = tuple[str, int]
 Line = tuple[str, bytes | int]
+
+
+class RecordTooLargeError(kafka_errors.KafkaError):
+    """No broker with usual settings takes a request with this record."""
 
 
 class KafkaPublisher:
@@ -140,7 +147,7 @@ class KafkaPublisher:
         queues = await self._queues(publication)
         while queues and self._producer is not None and is_ours():
             # One batch a partition, and its next only when that is acknowledged: none overtakes one that fails.
-            round_ = {partition: self._take_batch(queue, publication) for partition, queue in queues.items()}
+            round_ = self._take_round(queues, publication)
             failures = await self._send(round_, publication)
             for partition, (chunk, error) in failures.items():
                 if not await self._isolate(partition, chunk, error, publication, is_ours):
@@ -177,20 +184,38 @@ class KafkaPublisher:
                 await self._abandon()
         return {topic: len(client.cluster.partitions_for_topic(topic) or ()) for topic in topics}
 
-    def _take_batch(self, queue: deque[Record], publication: _Publication) -> list[Record]:
-        """The next records of a partition, without those that must wait; as many as surely fit into one batch."""
+    def _take_round(
+        self, queues: dict[Partition, deque[Record]], publication: _Publication
+    ) -> dict[Partition, list[Record]]:
+        """The next batch of each partition, together at most as much as a broker takes in one request."""
+        round_: dict[Partition, list[Record]] = {}
+        room = _REQUEST_BYTES
+        for partition, queue in queues.items():
+            round_[partition], taken = self._take_batch(queue, publication, room)
+            room -= taken
+        return round_
+
+    def _take_batch(self, queue: deque[Record], publication: _Publication, room: int) -> tuple[list[Record], int]:
+        """The next records of a partition, without those that must wait; as many as surely fit into one batch.
+
+        With their size in bytes, which is at most ``room``.
+        """
         chunk: list[Record] = []
-        room = self._batch_bytes - _BATCH_OVERHEAD_BYTES
+        size = 0
         while queue:
             record = queue[0]
             if _line(record) in publication.halted:
                 queue.popleft()
                 continue
-            room -= _size(record)
-            if room < 0 and chunk:
+            more = _size(record)
+            if more > _REQUEST_BYTES:
+                publication.refuse_row(record, RecordTooLargeError())
+                continue
+            if size + more > room or (chunk and size + more > self._batch_bytes - _BATCH_OVERHEAD_BYTES):
                 break
+            size += more
             chunk.append(queue.popleft())
-        return chunk
+        return chunk, size
 
     async def _send(
         self, round_: dict[Partition, list[Record]], publication: _Publication
@@ -381,6 +406,7 @@ _ADVICE: dict[type[BaseException], str] = {
     kafka_errors.MessageSizeTooLargeError: (
         "the record is larger than the topic takes: raise its max.message.bytes, or store less in payload"
     ),
+    RecordTooLargeError: "the record is larger than brokers take in one request (100 MiB): store less in payload",
     kafka_errors.TopicAuthorizationFailedError: "grant this relay's user Write on the topic",
     kafka_errors.UnknownTopicOrPartitionError: (
         "create the topic (the relay never does), or grant this relay's user Describe on it"
