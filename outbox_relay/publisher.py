@@ -241,9 +241,13 @@ class KafkaPublisher:
                 if not batch.append(key=record.key, value=record.value, timestamp=now_ms, headers=record.headers):
                     raise RuntimeError(f"outbox id {record.id} did not fit into its batch")
             try:
-                sent[await producer.send_batch(batch, topic, partition=number)] = (topic, number)
+                future = await producer.send_batch(batch, topic, partition=number)
             except kafka_errors.KafkaError as refusal:
                 failures[topic, number] = (chunk, refusal)
+            else:
+                # Nobody asks an abandoned one, and asyncio would say so at length.
+                future.add_done_callback(lambda done: done.cancelled() or done.exception())
+                sent[future] = (topic, number)
         unanswered = await self._wait_for(sent, sum(len(round_[partition]) for partition in sent.values()))
         for future, partition in sent.items():
             if future in unanswered:
