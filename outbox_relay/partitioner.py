@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TypeAlias
 
 from aiokafka.partitioner import murmur2
+
+#: ``(topic, number)``
+Partition: TypeAlias = tuple[str, int]
 
 
 def partition_for(key: bytes, partitions: int) -> int:

@@ -151,7 +151,16 @@ class Telemetry:
     # -- publishing
 
     def publish_slow(self, rows: int, waited_seconds: float) -> None:
-        self._log.warning("publish.slow", rows=rows, waited_seconds=waited_seconds)
+        self._log.warning(
+            "publish.slow",
+            rows=rows,
+            waited_seconds=round(waited_seconds, 1),
+            reason="Kafka hasn't answered yet; the relay waits on",
+        )
+
+    def publish_answered(self, rows: int, waited_seconds: float) -> None:
+        """Only after :meth:`publish_slow`."""
+        self._log.info("publish.answered", rows=rows, after_seconds=round(waited_seconds, 1))
 
     def publish_abandoned(self, rows: int, waited_seconds: float) -> None:
         self._log.error(
@@ -160,6 +169,8 @@ class Telemetry:
             waited_seconds=waited_seconds,
             reason="Kafka didn't answer before the deadline; the rows may be published again",
         )
+        # What is said of the outage, if it is one, counts from when Kafka fell silent.
+        self._outages.setdefault("kafka", (time.monotonic() - waited_seconds, 0.0))
 
     def publish_failed(self, topic: str, partition: int, rows: int, error: str) -> None:
         self._log.warning("publish.failed", topic=topic, partition=partition, rows=rows, error=error)
