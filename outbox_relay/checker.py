@@ -110,6 +110,9 @@ class Report:
     misplaced: int
     duplicate_ids: Mapping[str, int]  #: event id → how many extra records it has
     examples: Mapping[str, tuple[Example, ...]]  #: kind → the first few cases; kinds without any are left out
+    #: Offsets that Kafka no longer had at the beginnings of partitions. What they held counts as lost, and where
+    #: only a repeat is left of an event, that is taken for its first occurrence.
+    removed_offsets: int = 0
 
     @property
     def sound(self) -> bool:
@@ -123,6 +126,7 @@ class Report:
             "committed": self.committed,
             "published": self.published,
             "records": self.records,
+            "removed_offsets": self.removed_offsets,
             **{kind: getattr(self, kind) for kind in KINDS},
             "examples": {kind: [asdict(case) for case in cases] for kind, cases in self.examples.items()},
         }
@@ -133,6 +137,11 @@ class Report:
             f"{'sound' if self.sound else 'DAMAGED'}: {self.committed} committed, "
             f"{self.published} published, {self.records} records"
         ]
+        if self.removed_offsets:
+            lines.append(
+                f"retention had removed {self.removed_offsets} offsets before they could be read: "
+                "what they held counts as lost"
+            )
         for kind in KINDS:
             count = getattr(self, kind)
             cases = self.examples.get(kind, ())

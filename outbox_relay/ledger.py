@@ -19,19 +19,20 @@ _ROWS_A_FETCH = 5_000
 
 _READ_LEDGER = """-- read ledger
 SELECT id, event_id::text AS event_id, topic, key, type, payload, headers::text AS headers, created_at
-FROM {schema}.outbox
+FROM outbox
 ORDER BY id"""
 
 
-async def committed_rows(connection: asyncpg.Connection, *, schema: str = "public") -> list[Committed]:
-    """Every row of the outbox table, sent or not, in the order of ids and in one snapshot.
+async def committed_rows(connection: asyncpg.Connection) -> list[Committed]:
+    """Every row of the outbox table, sent or not, in the order of ids and in one snapshot; payloads included.
+
+    The table is the one that ``connection`` finds by the name ``outbox``, as the relay does.
 
     ``connection`` must not decode json itself: a payload is compared as PostgreSQL prints it.
     Raises CheckError when it does, and asyncpg's errors as they are.
     """
-    quoted_schema = '"' + schema.replace('"', '""') + '"'
     async with connection.transaction():
-        cursor = connection.cursor(_READ_LEDGER.format(schema=quoted_schema), prefetch=_ROWS_A_FETCH)
+        cursor = connection.cursor(_READ_LEDGER, prefetch=_ROWS_A_FETCH)
         return [
             Committed(
                 outbox_id=row["id"],

@@ -1,15 +1,16 @@
 """Reads whole topics back from Kafka, for the checker.
 
 A reading covers every partition from its first offset to the end it had when the reading began; what
-retention or compaction has removed by then can't be seen and counts as lost. It belongs to no consumer
-group, leaves no trace in Kafka and never creates a topic.
+retention or compaction has removed by then can't be seen and counts as lost. What is removed during the
+reading ends it with an error. It belongs to no consumer group, leaves no trace in Kafka and never creates a topic.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -43,17 +44,29 @@ async def check_topics(
 
     The ledger and the topics should be at rest: what is published after the reading began counts as lost,
     and what is committed after the ledger was taken counts as invented. Other arguments and errors as for
-    :func:`read_topics` and :class:`Checker`.
+    :func:`read_topics` and :class:`Checker`; CheckError also when the ledger has rows of a topic that isn't read.
     """
     deadline = asyncio.get_running_loop().time() + deadline_seconds
     async with _consumer(bootstrap_servers, topics, deadline, isolation, check_crcs) as (
         consumer,
         partitions,
     ):
-        checker = Checker(committed, partitions=partitions, examples_per_kind=examples_per_kind)
-        async for record in _records(consumer, partitions, deadline):
+        rows = _rows_of(partitions, committed)
+        checker = Checker(rows, partitions=partitions, examples_per_kind=examples_per_kind)
+        beginnings, ends = await _bounds(consumer, partitions, deadline)
+        async for record in _records(consumer, beginnings, ends, deadline):
             checker.see(record)
-    return checker.report()
+    return replace(checker.report(), removed_offsets=sum(beginnings.values()))
+
+
+def _rows_of(topics: Collection[str], committed: Iterable[Committed]) -> Iterator[Committed]:
+    for row in committed:
+        if row.topic not in topics:
+            raise CheckError(
+                f"the ledger has rows of topic {row.topic}, which isn't read, so they would all count as lost; "
+                "read it too, or leave them out"
+            )
+        yield row
 
 
 async def read_topics(
@@ -79,7 +92,8 @@ async def read_topics(
         consumer,
         partitions,
     ):
-        async for record in _records(consumer, partitions, deadline):
+        beginnings, ends = await _bounds(consumer, partitions, deadline)
+        async for record in _records(consumer, beginnings, ends, deadline):
             yield record
 
 
@@ -126,15 +140,24 @@ async def _partition_counts(consumer: Any, topics: list[str]) -> dict[str, int]:
         await asyncio.sleep(_RETRY_SECONDS)
 
 
-async def _records(consumer: Any, counts: Mapping[str, int], deadline: float) -> AsyncIterator[Seen]:
+async def _bounds(
+    consumer: Any, counts: Mapping[str, int], deadline: float
+) -> tuple[Mapping[TopicPartition, int], Mapping[TopicPartition, int]]:
+    """The first offset of each partition, and the one behind its last."""
     partitions = [TopicPartition(topic, number) for topic, count in counts.items() for number in range(count)]
     with _as_check_error(
         lambda: "where Kafka's topics begin and end could not be learned; does every partition have a leader?"
     ):
         async with asyncio.timeout_at(deadline):
             ends = await consumer.end_offsets(partitions)
-            positions = await consumer.beginning_offsets(partitions)
-    unfinished = [partition for partition in partitions if positions[partition] < ends[partition]]
+            return await consumer.beginning_offsets(partitions), ends
+
+
+async def _records(
+    consumer: Any, beginnings: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int], deadline: float
+) -> AsyncIterator[Seen]:
+    positions = dict(beginnings)
+    unfinished = [partition for partition, end in ends.items() if positions[partition] < end]
     if not unfinished:
         return
     consumer.assign(unfinished)
@@ -169,7 +192,10 @@ def _progress(positions: Mapping[TopicPartition, int], ends: Mapping[TopicPartit
         for partition, end in ends.items()
         if positions[partition] < end
     ]
-    return f"not read to the end: {', '.join(unread)}; allow more time, or look at the broker"
+    return (
+        f"not read to the end: {', '.join(unread)}; "
+        "allow more time, read again if retention removed what was still to be read, or look at the broker"
+    )
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 from uuid import uuid4
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
+from outbox_relay import topic_reader
 from outbox_relay.checker import Committed, Seen
 from outbox_relay.errors import CheckError
 from outbox_relay.partitioner import partition_for
@@ -117,7 +119,8 @@ async def test_aborted_and_open_transactions_are_read_only_uncommitted(kafka: Ka
     assert [r.value for r in ended] == [b"committed", b"aborted", b"open"]
 
 
-async def test_missing_topic_is_named_and_not_created(kafka: Kafka) -> None:
+async def test_missing_topic_is_named_and_not_created(kafka: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topic_reader, "_TOPIC_SECONDS", 0.5)
     present, missing = await new_topic(kafka, 1), f"missing-{uuid4()}"
     with pytest.raises(CheckError, match=f"no topic {missing}; create it"):
         await records_of(kafka, present, missing)
@@ -139,6 +142,60 @@ async def test_reading_that_stops_early_can_be_closed(kafka: Kafka) -> None:
     reading = read_topics(kafka.bootstrap_servers, [topic], deadline_seconds=SECONDS)
     async with aclosing(reading) as records:  # type: ignore[type-var]
         assert (await anext(records)).offset == 0
+
+
+@asynccontextmanager
+async def remover(kafka: Kafka) -> AsyncIterator[Callable[[str, int, int], Awaitable[None]]]:
+    """Removes a partition's records below an offset, as retention does."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
+    await admin.start()
+
+    async def remove(topic: str, partition: int, before_offset: int) -> None:
+        position = TopicPartition(topic, partition)
+        assert await admin.delete_records({position: RecordsToDelete(before_offset)}) == {position: before_offset}
+
+    try:
+        yield remove
+    finally:
+        await admin.close()
+
+
+async def test_reading_that_retention_overtakes_is_an_error_and_not_a_loss(kafka: Kafka) -> None:
+    topic = await new_topic(kafka, 1)
+    large = record(topic, 0, 0, b"x" * 500_000)  # more than a consumer fetches ahead
+    async with producer(kafka.bootstrap_servers) as sending, remover(kafka) as remove:
+        for _ in range(12):
+            await write(sending, large)
+        reading = read_topics(kafka.bootstrap_servers, [topic], deadline_seconds=SECONDS)
+        assert (await anext(reading)).offset == 0
+        await remove(topic, 0, 11)
+        with pytest.raises(CheckError, match=r"at \d+ of 12.*read again if retention.*OffsetOutOfRangeError"):
+            _ = [each async for each in reading]
+
+
+async def test_check_says_how_much_retention_had_removed_before_it(kafka: Kafka) -> None:
+    topic = await new_topic(kafka, 2)
+    ledger = [Committed(n, str(uuid4()), topic, b"key", b"value") for n in range(1, 6)]
+    home = partition_for(b"key", 2)
+    log = [written_as(row, home) for row in ledger]
+    assert (await check_of(kafka, ledger, topic, log))["removed_offsets"] == 0
+    async with remover(kafka) as remove:
+        await remove(topic, home, 3)
+        assert {k: v for k, v in (await check_of(kafka, ledger, topic, [])).items() if v} == {
+            "records": 2,
+            "removed_offsets": 3,
+            "lost": 3,
+        }
+        await remove(topic, home, 5)
+        emptied = await check_of(kafka, ledger, topic, [])
+    assert (emptied["records"], emptied["removed_offsets"], emptied["lost"]) == (0, 5, 5)
+
+
+async def test_check_refuses_a_ledger_with_rows_of_a_topic_that_is_not_read(kafka: Kafka) -> None:
+    read, other = await new_topic(kafka, 1), await new_topic(kafka, 1)
+    ledger = [Committed(n, str(uuid4()), topic, b"key", b"value") for n, topic in enumerate((read, other))]
+    with pytest.raises(CheckError, match=f"topic {other}, which isn't read.*leave them out"):
+        await check_of(kafka, ledger, read, [])
 
 
 async def check_of(kafka: Kafka, ledger: list[Committed], topic: str, log: list[Seen]) -> dict[str, Any]:
@@ -165,7 +222,8 @@ async def test_check_of_a_topic_finds_it_sound_or_says_what_is_wrong(kafka: Kafk
     ]
     correct = [written_as(row, partition_for(row.key or b"", 4)) for row in ledger]
     nothing = dict.fromkeys(("lost", "invented", "duplicates", "out_of_order", "corrupted", "misplaced"), 0)
-    assert await check_of(kafka, ledger, topic, correct) == {"sound": True, "records": 40, **nothing}
+    everything = {"records": 40, "removed_offsets": 0}
+    assert await check_of(kafka, ledger, topic, correct) == {"sound": True, **everything, **nothing}
 
     late = replace(ledger[0], outbox_id=0, event_id=str(uuid4()))
     missing = replace(late, outbox_id=50, event_id=str(uuid4()))
@@ -181,6 +239,7 @@ async def test_check_of_a_topic_finds_it_sound_or_says_what_is_wrong(kafka: Kafk
     assert await check_of(kafka, [*ledger, late, missing, elsewhere], topic, damaged) == {
         "sound": False,
         "records": 45,
+        "removed_offsets": 0,
         "lost": 1,
         "invented": 1,
         "duplicates": 2,

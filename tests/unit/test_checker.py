@@ -574,7 +574,7 @@ def test_report_as_dict_has_every_count_in_types_that_json_knows() -> None:
     report = damaged_report()
     as_dict = json.loads(json.dumps(report.as_dict()))
     assert as_dict["sound"] is False
-    assert [as_dict[name] for name in ("committed", "published", "records")] == [5, 4, 7]
+    assert [as_dict[name] for name in ("committed", "published", "records", "removed_offsets")] == [5, 4, 7, 0]
     assert {kind: as_dict[kind] for kind in KINDS} == {kind: getattr(report, kind) for kind in KINDS}
     assert as_dict["examples"]["misplaced"] == [
         {
@@ -596,6 +596,13 @@ def test_description_says_what_happened_to_whom() -> None:
         "    outbox id 2, event 'event-2', orders partition 0 offset 1: first met after outbox id 3 of its key" in lines
     )
     assert check(rows(1), log_of(1)).describe().startswith("sound: 1 committed, 1 published, 1 records")
+
+
+def test_description_and_dict_say_how_much_could_not_be_read() -> None:
+    report = replace(check(rows(1), log_of(1)), removed_offsets=7)
+    assert "retention had removed 7 offsets" in report.describe().splitlines()[1]
+    assert report.as_dict()["removed_offsets"] == 7
+    assert "retention" not in replace(report, removed_offsets=0).describe()
 
 
 def test_checker_reports_between_records_what_it_has_met_so_far() -> None:

@@ -10,7 +10,7 @@ from aiokafka import ConsumerRecord, TopicPartition
 from aiokafka.errors import CorruptRecordException, OffsetOutOfRangeError
 
 from outbox_relay.errors import CheckError
-from outbox_relay.topic_reader import _records, check_topics, read_topics
+from outbox_relay.topic_reader import _bounds, _records, check_topics, read_topics
 
 
 @asynccontextmanager
@@ -100,7 +100,8 @@ async def test_reading_that_gets_stuck_names_the_partition_and_the_reason(
     failure: Exception | None, reason: str
 ) -> None:
     deadline = asyncio.get_running_loop().time() + 0.2
-    reading = _records(StuckConsumer(failure), {"orders": 2}, deadline)
+    consumer = StuckConsumer(failure)
+    reading = _records(consumer, *await _bounds(consumer, {"orders": 2}, deadline), deadline)
     assert (await anext(reading)).offset == 0
     with pytest.raises(CheckError, match=rf"orders partition 1 \(at 1 of 2\);.*{reason}"):
         await anext(reading)
