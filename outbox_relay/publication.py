@@ -28,7 +28,7 @@ class Publication:
 
     def __init__(self, records: Sequence[Record], *, batch_bytes: int, request_bytes: int) -> None:
         self._records = records
-        self._batch_bytes = batch_bytes - _BATCH_OVERHEAD_BYTES
+        self._batch_bytes = min(batch_bytes, request_bytes) - _BATCH_OVERHEAD_BYTES
         self._request_bytes = request_bytes
         self._queues: dict[Partition, deque[Record]] = {}
         #: How many records at most are taken of a partition in which one is at fault.

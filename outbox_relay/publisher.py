@@ -162,7 +162,7 @@ class KafkaPublisher:
     async def _send_all(self, publication: Publication, is_ours: Callable[[], bool]) -> None:
         blaming_since: float | None = None
         blamed_enough = False
-        while not blamed_enough and await self._renewed() and is_ours() and (round_ := publication.next_round()):
+        while await self._renewed() and not blamed_enough and is_ours() and (round_ := publication.next_round()):
             for partition, error in (await self._send(round_)).items():
                 batch = round_[partition]
                 if error is None:
