@@ -16,8 +16,9 @@ import asyncpg
 
 from outbox_relay.errors import SourceUnavailableError
 
-#: What a lost database looks like. TimeoutError and OSError come from sockets, the rest from asyncpg.
-_FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+#: What a lost database looks like. TimeoutError and OSError come from sockets, the rest from asyncpg, the last one too:
+#: so it answers a statement on a session that the server has ended, after idling in a transaction for example.
+_FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,15 @@ class Session:
 
     def __init__(self, database: Database, application_name: str) -> None:
         self._database = database
+        # The server has the deadlines too: one that only the client has leaves a backend behind that waits on for a
+        # lock, and one more with each new try. In one message with BEGIN, since a pooler in between may forget the
+        # session's settings; READ COMMITTED, since each statement is to see what was committed before it.
+        timeout_ms = int(database.statement_timeout_seconds * 1000)
+        self._begin = (
+            "BEGIN ISOLATION LEVEL READ COMMITTED;"
+            f"SET LOCAL statement_timeout = {timeout_ms};"
+            f"SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}"
+        )
         self._application_name = application_name
         self._connection: asyncpg.Connection | None = None
         self._warnings: list[str] = []
@@ -56,8 +66,11 @@ class Session:
         return self._connection
 
     async def fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
-        """Run one statement; outside :meth:`transaction` it is a transaction by itself."""
+        """Run one statement; outside :meth:`transaction` in one of its own."""
         connection = await self.connection()
+        if not connection.is_in_transaction():
+            async with self.transaction():
+                return await self.fetch(statement, *arguments)
         with self.unavailable(statement.lstrip("\n- ").partition("\n")[0]):
             rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments)
             return rows
@@ -71,7 +84,7 @@ class Session:
         """
         connection = await self.connection()
         with self.unavailable("begin"):
-            await connection.execute("BEGIN")
+            await connection.execute(self._begin)
         try:
             yield
         except BaseException:
