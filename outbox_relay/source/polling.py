@@ -11,8 +11,10 @@ already, is simply unsent and found; nothing here remembers a position.
 Why nothing is published that a crash takes back: the claim locked the rows, so it has a transaction id, and its
 COMMIT under ``synchronous_commit = on`` flushes, and replicates, everything that it saw.
 
-The claim relies on the index ``outbox_unsent (bucket, id) WHERE sent_at IS NULL`` and on the primary key; the planner
-is told to use nothing else, since it tends to take a mostly empty outbox for a small table.
+The claim relies on the index ``outbox_unsent (bucket, id) WHERE sent_at IS NULL`` and on the primary key. Statistics of
+a mostly empty outbox are stale when a burst comes, and a plan made before it is kept. So each statement is written such
+that it has one sensible plan whatever the statistics, and the planner is told to scan nothing else;
+``tests/acceptance/test_plans.py`` states what a row may cost.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import TypeAlias
 
@@ -35,7 +36,8 @@ from outbox_relay.source.session import Session
 from outbox_relay.source.slots import Slots
 from outbox_relay.telemetry import Telemetry
 
-# The settings are the transaction's own, so they hold behind a transaction pooler too.
+# The settings are the transaction's own, so they hold behind a transaction pooler too. A plan is made once, since
+# planning costs as much as a small claim and would find the same; and never compiled, which takes a second each claim.
 OWN = """
 -- own
 WITH settings AS MATERIALIZED (
@@ -45,7 +47,9 @@ WITH settings AS MATERIALIZED (
            set_config('statement_timeout', $3, true),
            set_config('idle_in_transaction_session_timeout', $3, true),
            set_config('enable_seqscan', 'off', true),
-           set_config('enable_bitmapscan', 'off', true)
+           set_config('enable_bitmapscan', 'off', true),
+           set_config('plan_cache_mode', 'force_generic_plan', true),
+           set_config('jit', 'off', true)
 )
 SELECT s.slot
 FROM settings, outbox_slot s
@@ -53,19 +57,21 @@ JOIN unnest($1::smallint[], $2::bigint[]) AS mine (slot, epoch) ON mine.slot = s
 FOR NO KEY UPDATE OF s
 """
 
-# Rows that a stranger has locked are left for later rather than waited for.
+# Rows that a stranger has locked are left for later rather than waited for. num_nulls(…) = 1 is IS NULL in words from
+# which the planner can't conclude that outbox_unsent would do: without a bucket all of that index is searched for an
+# id, which looks cheap while it is small.
 SETTLE = """
 -- settle
 UPDATE outbox SET sent_at = now()
 WHERE id = ANY (ARRAY(
-    SELECT o.id FROM outbox o WHERE o.id = ANY ($1::bigint[]) AND o.sent_at IS NULL FOR UPDATE SKIP LOCKED
+    SELECT o.id FROM outbox o WHERE o.id = ANY ($1::bigint[]) AND num_nulls(o.sent_at) = 1 FOR UPDATE SKIP LOCKED
 ))
 RETURNING id
 """
 
 UNSETTLED = """
 -- unsettled
-SELECT o.id FROM outbox o WHERE o.id = ANY ($1::bigint[]) AND o.sent_at IS NULL
+SELECT o.id FROM outbox o WHERE o.id = ANY ($1::bigint[]) AND num_nulls(o.sent_at) = 1
 """
 
 # The epoch grows here too: a slot and an epoch together name one ownership for good.
@@ -74,39 +80,62 @@ RELEASE = """
 UPDATE outbox_slot SET owner = NULL, epoch = epoch + 1 WHERE slot = ANY ($1::smallint[])
 """
 
-# Each bucket is read on its own, so that no backlog of a bucket that isn't ours is stepped over; ordered by id again,
-# since neighbours by id are neighbours on disk. The smallest bigint, since an application may choose its own ids.
-# A candidate without a row beside it couldn't be locked: that is the hole where its key is cut.
-CLAIM = """
--- claim
-WITH candidate AS MATERIALIZED (
-    SELECT c.id, c.bucket, c.topic, c.key
-    FROM unnest($1::smallint[]) AS owned (bucket)
-    CROSS JOIN LATERAL (
+# A bucket's rows from one on, in order, without those that wait. A range of (bucket, id), since with `bucket = b` and
+# an order by id the planner walks the primary key instead. What waits is a hashed subquery; <> ALL (…) would compare
+# each row with each thing that waits.
+_UNSENT = """
         SELECT o.id, o.bucket, o.topic, o.key
         FROM outbox o
-        WHERE (o.bucket, o.id) >= (owned.bucket, -9223372036854775808)
-          AND (o.bucket, o.id) < (owned.bucket + 1, -9223372036854775808)
+        WHERE (o.bucket, o.id) {start}
+          AND (o.bucket, o.id) < ({bucket} + 1, -9223372036854775808)
           AND o.sent_at IS NULL
-          AND o.id <> ALL ($4::bigint[])
-          AND o.topic <> ALL ($5::text[])
+          AND o.id NOT IN (SELECT held.id FROM unnest($4::bigint[]) AS held (id))
+          AND o.topic NOT IN (SELECT held.topic FROM unnest($5::text[]) AS held (topic))
           AND (o.key IS NULL OR (o.topic, o.key) NOT IN (
                    SELECT held.topic, held.key FROM unnest($6::text[], $7::text[]) AS held (topic, key)))
         ORDER BY o.bucket, o.id
-        LIMIT $2
-    ) c
-    ORDER BY c.id
-    LIMIT $3
+        LIMIT {limit}"""
+
+# The smallest bigint, since an application may choose its own ids.
+_FIRST = _UNSENT.format(start=">= (owned.bucket, -9223372036854775808)", bucket="owned.bucket", limit="$2")
+_NEXT = _UNSENT.format(start="> (deep.bucket, deep.last_id)", bucket="deep.bucket", limit="$3")
+
+# Each bucket is read on its own, so that no backlog of a bucket that isn't ours is stepped over. Each gives its share
+# of the batch, so that none waits for another's backlog, and the room that is left goes to those that have more, the
+# one with the oldest rows first. So hardly more is read than is taken, however the backlog is spread. Locked in order
+# of id, since neighbours by id are neighbours on disk.
+# A candidate without a row beside it couldn't be locked, or was changed meanwhile: there its key is cut.
+CLAIM = f"""
+-- claim
+WITH share AS MATERIALIZED (
+    SELECT c.id, c.bucket, c.topic, c.key
+    FROM unnest($1::smallint[]) AS owned (bucket)
+    CROSS JOIN LATERAL ({_FIRST}
+    ) AS c
+), room AS MATERIALIZED (
+    SELECT c.id, c.bucket, c.topic, c.key
+    FROM (SELECT s.bucket, max(s.id) AS last_id FROM share s
+          GROUP BY s.bucket HAVING count(*) = $2 ORDER BY last_id) AS deep
+    CROSS JOIN LATERAL ({_NEXT}
+    ) AS c
+    LIMIT greatest(0, $3 - (SELECT count(*) FROM share))
 )
 SELECT c.id, c.bucket, c.topic, c.key,
        locked.event_id, locked.type, locked.payload, locked.headers, locked.created_at
-FROM candidate c
+FROM (
+    SELECT s.id, s.bucket, s.topic, s.key FROM share s
+    UNION ALL
+    SELECT r.id, r.bucket, r.topic, r.key FROM room r
+    ORDER BY id
+    LIMIT $3
+) AS c
 LEFT JOIN LATERAL (
-    SELECT o.event_id::text, o.type, {payload} AS payload, o.headers::text, o.created_at
+    SELECT o.event_id::text, o.type, {{payload}} AS payload, o.headers::text, o.created_at
     FROM outbox o
-    WHERE o.id = c.id AND o.sent_at IS NULL
+    WHERE o.bucket = c.bucket AND o.id = c.id AND o.sent_at IS NULL
+      AND o.topic = c.topic AND o.key IS NOT DISTINCT FROM c.key
     FOR UPDATE SKIP LOCKED
-) locked ON true
+) AS locked ON true
 ORDER BY c.id
 """
 
@@ -157,7 +186,6 @@ class PollingSource:
         self._batch_rows = batch_rows
         self._timeout = f"{int(statement_timeout_seconds * 1000)}ms"
         self._statement: str | None = None
-        self._rows_per_bucket = 1
         self._claimed: dict[int, Ownership] = {}  # by id, the claim that is out
         self._published: dict[int, Ownership] = {}  # by id, acknowledged by Kafka and not marked yet
         self._held_topics: Holds[str] = Holds(backoff)
@@ -182,7 +210,7 @@ class PollingSource:
             leaving = (self._slots.surplus & epochs.keys()) - self._unsettled_slots(settled)
             await self._release(leaving)
             epochs = {slot: epoch for slot, epoch in epochs.items() if slot not in self._slots.surplus}
-            rows = await self._read(epochs)
+            rows = await self._read(epochs, settled)
         self._committed(settled, leaving)
         records = self._records(rows, epochs)
         self._telemetry.claimed(records)
@@ -217,7 +245,7 @@ class PollingSource:
                     leaving = epochs.keys() - waiting
                     await self._release(leaving)
             except SourceUnavailableError as error:
-                self._telemetry.database_unavailable(error)
+                self._telemetry.database_unavailable(error, self)
                 return
             self._committed(settled, leaving)
             if waiting:
@@ -261,8 +289,11 @@ class PollingSource:
         if slots:
             await self._session.fetch(RELEASE, list(slots))
 
-    async def _read(self, epochs: dict[int, int]) -> list[asyncpg.Record]:
-        """Candidates in order of id; those that couldn't be locked have no ``event_id``."""
+    async def _read(self, epochs: dict[int, int], settled: Collection[int] = ()) -> list[asyncpg.Record]:
+        """Candidates in order of id; those that couldn't be locked have no ``event_id``.
+
+        ``settled`` are known to be marked, in this very transaction or before.
+        """
         buckets = [b for b in range(self._layout_buckets) if b % self._layout_slots in epochs]
         if not buckets:
             return []
@@ -271,24 +302,16 @@ class PollingSource:
             self._statement = CLAIM.format(payload=_PAYLOAD[kind])
         held = {*self._held.active(), *self._locked.active()}
         keys = [line for line in held if isinstance(line, tuple)]
-        rows = await self._session.fetch(
+        return await self._session.fetch(
             self._statement,
             buckets,
-            rows_per_bucket(self._rows_per_bucket, len(buckets), self._batch_rows),
+            max(1, self._batch_rows // len(buckets)),
             self._batch_rows,
-            [*self._published, *(line for line in held if isinstance(line, int))],
+            [*(self._published.keys() - settled), *(line for line in held if isinstance(line, int))],
             self._held_topics.active(),
             [topic for topic, _ in keys],
             [key for _, key in keys],
         )
-        deepest = max(Counter(row["bucket"] for row in rows).values(), default=0)
-        self._rows_per_bucket = next_rows_per_bucket(
-            rows_per_bucket(self._rows_per_bucket, len(buckets), self._batch_rows),
-            deepest,
-            len(rows),
-            self._batch_rows,
-        )
-        return rows
 
     # -- after the commit
 
@@ -327,23 +350,6 @@ class PollingSource:
             del self._published[id_]
         if dropped:
             self._telemetry.claim_dropped(len(dropped), "published, but the slots were lost before they were marked")
-
-
-def rows_per_bucket(current: int, buckets: int, batch_rows: int) -> int:
-    """How many rows to read of each bucket: at least an even share of the batch."""
-    return max(current, -(-batch_rows // buckets))
-
-
-def next_rows_per_bucket(current: int, deepest: int, rows: int, batch_rows: int) -> int:
-    """Adapt to skew: read deeper where few buckets hold the backlog, and less where every bucket has one.
-
-    ``deepest`` is how many of the ``rows`` read came from one bucket at most.
-    """
-    if rows < batch_rows and deepest >= current:
-        return min(batch_rows, current * 2)
-    if rows >= batch_rows and deepest * 2 <= current:
-        return max(1, current // 2)
-    return current
 
 
 def _line(record: Record) -> Line:

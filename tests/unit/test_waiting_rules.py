@@ -1,4 +1,4 @@
-"""Backoff, holds, fair shares and read depth: the arithmetic behind what waits and who gets what."""
+"""Backoff, holds and fair shares: the arithmetic behind what waits and who gets what."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from outbox_relay.retry import Backoff
 from outbox_relay.source.holds import Holds
-from outbox_relay.source.polling import next_rows_per_bucket, rows_per_bucket
 from outbox_relay.source.slots import fair_share
 
 
@@ -44,25 +43,3 @@ def test_fair_shares_add_up_to_all_slots_and_differ_by_one_at_most(slots: int, r
     shares = [fair_share(slots, relays - {me}, me) for me in relays]
     assert sum(shares) == slots
     assert max(shares) - min(shares) <= 1
-
-
-@given(
-    st.lists(st.integers(0, 100_000), min_size=1, max_size=64),
-    st.integers(1, 10_000),
-)
-def test_read_depth_settles_where_a_claim_is_full_and_little_is_read_in_vain(
-    backlogs: list[int], batch_rows: int
-) -> None:
-    depth = 1
-    for _ in range(40):
-        depth = rows_per_bucket(depth, len(backlogs), batch_rows)
-        read = [min(backlog, depth) for backlog in backlogs]
-        # Ids are spread evenly, so a claim that is cut at batch_rows takes the same share of each.
-        rows = min(batch_rows, sum(read))
-        deepest = max(read) if sum(read) <= batch_rows else -(-max(read) * batch_rows // sum(read))
-        depth = next_rows_per_bucket(depth, deepest, rows, batch_rows)
-    depth = rows_per_bucket(depth, len(backlogs), batch_rows)
-    reads = sum(min(backlog, depth) for backlog in backlogs)
-    # Either the claim is full, or everything there is is read, within one doubling.
-    assert reads * 2 >= min(batch_rows, sum(backlogs))
-    assert depth <= max(batch_rows, 1)
