@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
@@ -35,7 +36,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 async def run(config: Config, *, once: bool = False) -> int:
     """Run one relay process until a signal, or, with ``once``, until nothing is left to claim. The exit code."""
     telemetry = Telemetry(relay=config.relay.name)
-    telemetry.starting(batch_rows=config.relay.batch_rows, claims_in_flight=config.relay.claims_in_flight)
+    telemetry.starting(metadata.version("outbox-relay"), config.relay.batch_rows, config.relay.claims_in_flight)
     with _Signals(telemetry, config.relay.shutdown_grace_seconds) as signals:
         code = await _run(config, telemetry, signals, once=once)
     telemetry.stopped()
@@ -105,7 +106,11 @@ async def _verified_layout(session: Session, telemetry: Telemetry) -> schema.Lay
         assert state.outcome is not None
         error = state.outcome.exception()
         assert error is not None
-        telemetry.database_unavailable(error)
+        if isinstance(error, SchemaError):
+            telemetry.database_available(session)
+            telemetry.schema_unusable(error)
+        else:
+            telemetry.database_unavailable(error, session)
 
     attempts = AsyncRetrying(
         retry=retry_if_exception_type((SourceUnavailableError, SchemaError)),
@@ -113,7 +118,8 @@ async def _verified_layout(session: Session, telemetry: Telemetry) -> schema.Lay
         before_sleep=report,
     )
     layout: schema.Layout = await attempts(verify)
-    telemetry.database_available()
+    telemetry.database_available(session)
+    telemetry.schema_usable()
     return layout
 
 

@@ -121,10 +121,10 @@ class Relay:
                 if not self._publisher.ready:
                     await self._until_it_works(self._connect, self._telemetry.kafka_unavailable)
                     continue
-                claim = await self._until_it_works(self._source.claim, self._telemetry.database_unavailable)
+                claim = await self._until_it_works(self._source.claim, self._report_database)
                 if claim is None:
                     continue
-                self._telemetry.database_available()
+                self._telemetry.database_available(self._source)
                 if claim.records:
                     outcomes = await self._publisher.publish(claim.records, claim.is_ours)
                     self._source.settle(outcomes)
@@ -139,6 +139,9 @@ class Relay:
             await self._source.release()
         finally:
             await self._publisher.close()
+
+    def _report_database(self, error: BaseException) -> None:
+        self._telemetry.database_unavailable(error, self._source)
 
     async def _connect(self) -> None:
         # Whoever can't publish doesn't keep rows from a relay that can.

@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from outbox_relay.message import Delivered, Outcome, Record, Retry
+from outbox_relay.message import Delivered, Outcome, Record, Retry, Scope
 
 PROGRESS_INTERVAL_SECONDS = 10.0
 #: An outage that lasts is repeated this seldom.
@@ -19,19 +19,21 @@ REPEAT_INTERVAL_SECONDS = 30.0
 
 
 class Telemetry:
-    """Events of one relay process as structured log lines."""
+    """Events of one relay process as structured log lines. Names and fields are stable; ``docs/logs.md`` lists them."""
 
     def __init__(self, **context: Any) -> None:
         self._log = structlog.get_logger("outbox_relay").bind(**context)
-        self._outages: dict[str, tuple[float, float]] = {}  # what -> (began, last said), monotonic seconds
+        self._database = _Outage()
+        self._schema = _Outage()
+        self._kafka = _Outage()
         self._delivered = 0
         self._not_delivered = 0
         self._progress_from = time.monotonic()
 
     # -- the process
 
-    def starting(self, **settings: Any) -> None:
-        self._log.info("relay.starting", **settings)
+    def starting(self, version: str, batch_rows: int, claims_in_flight: int) -> None:
+        self._log.info("relay.starting", version=version, batch_rows=batch_rows, claims_in_flight=claims_in_flight)
 
     def stopping(self, signal: str, grace_seconds: float) -> None:
         self._log.info("relay.stopping", signal=signal, grace_seconds=grace_seconds)
@@ -39,41 +41,57 @@ class Telemetry:
     def forced(self, reason: str) -> None:
         self._log.warning("relay.forced", reason=reason, hint="claims in flight will be published again")
 
+    def left_unsettled(self, rows: int) -> None:
+        self._log.warning(
+            "relay.left_unsettled",
+            rows=rows,
+            reason="published, but the database could not be reached to mark them; they will be published again",
+        )
+
+    def gave_up(self, error: BaseException) -> None:
+        self._log.error("relay.gave_up", error=_name(error), reason=str(error))
+
+    def failed(self, error: BaseException) -> None:
+        self._log.error("relay.failed", error=_name(error), reason="this is a defect", exc_info=error)
+
     def stopped(self) -> None:
         self._say_progress(time.monotonic())
         self._log.info("relay.stopped")
 
     # -- outages: one line at the start, one now and then, one at the end
 
-    def database_unavailable(self, error: BaseException) -> None:
-        self._outage("database", error)
+    def database_unavailable(self, error: BaseException, by: object) -> None:
+        """``by`` tells apart who uses the database: the outage is over when it works for all who met it."""
+        since_seconds = self._database.met(by)
+        if since_seconds is not None:
+            self._log.warning(
+                "database.unavailable", error=_name(error), reason=str(error), since_seconds=since_seconds
+            )
 
-    def database_available(self) -> None:
-        self._outage_over("database")
+    def database_available(self, by: object) -> None:
+        after_seconds = self._database.over(by)
+        if after_seconds is not None:
+            self._log.info("database.available", after_seconds=after_seconds)
+
+    def schema_unusable(self, error: BaseException) -> None:
+        since_seconds = self._schema.met()
+        if since_seconds is not None:
+            self._log.warning("schema.unusable", reason=str(error), since_seconds=since_seconds)
+
+    def schema_usable(self) -> None:
+        after_seconds = self._schema.over()
+        if after_seconds is not None:
+            self._log.info("schema.usable", after_seconds=after_seconds)
 
     def kafka_unavailable(self, error: BaseException) -> None:
-        self._outage("kafka", error)
+        since_seconds = self._kafka.met()
+        if since_seconds is not None:
+            self._log.warning("kafka.unavailable", error=_name(error), reason=str(error), since_seconds=since_seconds)
 
     def kafka_available(self) -> None:
-        self._outage_over("kafka")
-
-    def _outage(self, what: str, error: BaseException) -> None:
-        now = time.monotonic()
-        began, said = self._outages.get(what, (now, 0.0))
-        if not said or now - said >= REPEAT_INTERVAL_SECONDS:
-            said = now
-            self._log.warning(
-                f"{what}.unavailable",
-                error=type(error.__cause__ or error).__name__,
-                reason=str(error),
-                since_seconds=round(now - began, 1),
-            )
-        self._outages[what] = (began, said)
-
-    def _outage_over(self, what: str) -> None:
-        outage = self._outages.pop(what, None)
-        if outage is not None:
-            self._log.info(f"{what}.available", after_seconds=round(time.monotonic() - outage[0], 1))
+        after_seconds = self._kafka.over()
+        if after_seconds is not None:
+            self._log.info("kafka.available", after_seconds=after_seconds)
 
     # -- ownership
 
@@ -138,7 +156,7 @@ class Telemetry:
 
     def refused(self, retry: Retry, attempts: int, retry_in_seconds: float) -> None:
         self._log.warning(
-            f"{retry.scope.value}.refused",
+            "row.refused" if retry.scope is Scope.ROW else "topic.refused",
             id=retry.record.id,
             event_id=retry.record.event_id,
             topic=retry.record.topic,
@@ -170,7 +188,46 @@ class Telemetry:
             reason="Kafka didn't answer before the deadline; the rows may be published again",
         )
         # What is said of the outage, if it is one, counts from when Kafka fell silent.
-        self._outages.setdefault("kafka", (time.monotonic() - waited_seconds, 0.0))
+        self._kafka.began(waited_seconds)
 
     def publish_failed(self, topic: str, partition: int, rows: int, error: str) -> None:
         self._log.warning("publish.failed", topic=topic, partition=partition, rows=rows, error=error)
+
+
+class _Outage:
+    """When something that is needed doesn't work, and when that is to be said. Answers are in seconds."""
+
+    def __init__(self) -> None:
+        self._met_by: set[object] = set()
+        self._began: float | None = None
+        self._said: float | None = None
+
+    def began(self, ago_seconds: float) -> None:
+        """It may turn out to be one; nothing is said yet."""
+        if self._began is None:
+            self._began = time.monotonic() - ago_seconds
+
+    def met(self, by: object = None) -> float | None:
+        """How long it has lasted, if that is to be said now."""
+        now = time.monotonic()
+        self._met_by.add(by)
+        if self._began is None:
+            self._began = now
+        if self._said is not None and now - self._said < REPEAT_INTERVAL_SECONDS:
+            return None
+        self._said = now
+        return round(now - self._began, 1)
+
+    def over(self, by: object = None) -> float | None:
+        """How long it lasted, if it is over now for everybody."""
+        self._met_by.discard(by)
+        if self._began is None or self._met_by:
+            return None
+        lasted = time.monotonic() - self._began
+        self._began = self._said = None
+        return round(lasted, 1)
+
+
+def _name(error: BaseException) -> str:
+    """Of what was met first: the project's own errors say in their message what that means."""
+    return type(error.__cause__ or error).__name__

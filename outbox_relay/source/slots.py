@@ -200,8 +200,9 @@ class Slots:
             self._nudge.clear()
             try:
                 await self.beat()
+                self._telemetry.database_available(self)
             except SourceUnavailableError as error:
-                self._telemetry.database_unavailable(error)
+                self._telemetry.database_unavailable(error, self)
             try:
                 async with asyncio.timeout(self._heartbeat_seconds):
                     await self._nudge.wait()
@@ -276,6 +277,6 @@ class Slots:
             try:
                 await self._session.fetch(LEAVE, self._relay_id)
             except SourceUnavailableError as error:
-                self._telemetry.database_unavailable(error)
+                self._telemetry.database_unavailable(error, self)
         self._owned.clear()
         await self._session.close()
