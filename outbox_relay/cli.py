@@ -17,6 +17,9 @@ from outbox_relay.errors import ConfigError, OutboxRelayError
 #: sysexits.h: the configuration is at fault (EX_CONFIG), or a service isn't there (EX_UNAVAILABLE).
 EXIT_CONFIG = 78
 EXIT_UNAVAILABLE = 69
+#: The demo found damage, or was interrupted, as shells count it.
+EXIT_DAMAGED = 1
+EXIT_INTERRUPTED = 130
 
 
 @click.group()
@@ -35,6 +38,25 @@ def run(path: Path, once: bool) -> None:
         logs.configure(settings.log.level, settings.log.format)
         code = asyncio.run(daemon.run(settings, once=once))
     sys.exit(code)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout; all else goes to stderr.")
+def demo(as_json: bool) -> None:
+    """Watch orders reach Kafka on real servers although the relay is killed; exit 1 if anything went wrong."""
+    with _failing_clearly():
+        try:
+            from outbox_relay import demo as story
+
+            verdict = story.run(to_stderr=as_json)
+        except ModuleNotFoundError as error:
+            raise OutboxRelayError(f"the demo needs {error.name}: pip install 'outbox-relay[demo]'") from error
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+    if as_json:
+        click.echo(verdict.numbers.as_json())
+    sys.exit(0 if verdict.sound else EXIT_DAMAGED)
 
 
 @main.group("schema")
