@@ -57,13 +57,13 @@ if "forks" in sys.argv:
         os._exit(0)
 url = server.url() if sys.argv[1] == "postgres" else server.bootstrap_servers
 said = {"pid": server.pid, "directory": str(server.directory), "url": url, "children": children}
-print(json.dumps(said), flush=True)
-while True:
-    try:
-        sys.stdin.readline()
-        break
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
+try:
+    # The interrupt may come as soon as this is read.
+    print(json.dumps(said), flush=True)
+    sys.stdin.readline()
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    sys.stdin.readline()
 server.close()
 """
 
