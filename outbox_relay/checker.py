@@ -25,8 +25,9 @@ What counts as what, in the order of :data:`KINDS`:
 A record whose topic or key is corrupted is in nobody's log: it is not judged for order or partition.
 All counts depend only on the log of each partition, never on how the partitions were interleaved in reading.
 
-Memory: 300 to 650 bytes for each committed row, and nothing for each sound record; keys and payloads are
-kept as 128-bit BLAKE2b digests. Reports hold ids and positions, never keys or payloads.
+Memory: 300 to 550 bytes for each committed row (measured on 200,000 rows, of 50 keys and of a key each), and
+nothing for each sound record; keys and payloads are kept as 128-bit BLAKE2b digests.
+Reports hold ids and positions, never keys or payloads.
 """
 
 from __future__ import annotations

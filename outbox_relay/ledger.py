@@ -24,10 +24,10 @@ ORDER BY id"""
 
 
 async def committed_rows(connection: asyncpg.Connection) -> list[Committed]:
-    """Every row of the outbox table, sent or not, in the order of ids and in one snapshot; payloads included.
+    """Every row of the outbox table, sent or not, in the order of ids and in one snapshot.
 
+    All are held in memory: about 700 bytes a row, and its payload.
     The table is the one that ``connection`` finds by the name ``outbox``, as the relay does.
-
     ``connection`` must not decode json itself: a payload is compared as PostgreSQL prints it.
     Raises CheckError when it does, and asyncpg's errors as they are.
     """

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import asyncio
+import os
+import re
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -15,6 +20,8 @@ from outbox_relay.checker import Committed, Seen
 from outbox_relay.errors import CheckError
 from outbox_relay.partitioner import partition_for
 from outbox_relay.topic_reader import check_topics, read_topics
+from tests.acceptance.relays import relay_process
+from tests.conftest import Database
 
 SECONDS = 30.0
 
@@ -262,3 +269,39 @@ async def test_topic_of_librdkafkas_mock_cluster_is_read_without_checking_crcs()
         (0, b"key", b"one", (("id", b"1"),)),
         (1, b"key", b"two", (("id", b"1"),)),
     ]
+
+
+GUIDE = Path(__file__).parents[2] / "docs" / "checker.md"
+
+INSERT = """-- insert
+INSERT INTO outbox (topic, key, type, payload) VALUES ($1, $2, 'OrderPlaced', $3)"""
+
+
+async def run_example(database: Database, kafka: Kafka) -> tuple[int | None, list[str]]:
+    """The exit code and the lines of the guide's example."""
+    example = re.search(r"<!-- tested: check.py -->\n```python\n(.*?)```\n", GUIDE.read_text(), re.DOTALL)
+    assert example is not None
+    environment = {
+        **os.environ,
+        "DATABASE_URL": database.url,
+        "KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", example[1], env=environment, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    return process.returncode, output.decode().splitlines()
+
+
+async def test_example_of_the_guide_checks_what_a_relay_published(outbox_database: Database, kafka: Kafka) -> None:
+    topics = [await new_topic(kafka, 3), await new_topic(kafka, 1)]
+    connection = await outbox_database.connect()
+    await connection.executemany(INSERT, [(topics[n % 2], f"key-{n % 7}", b"%d" % n) for n in range(40)])
+    with relay_process(outbox_database.url, kafka.bootstrap_servers, "--once") as relay:
+        assert await relay.exit_code() == 0
+    code, lines = await run_example(outbox_database, kafka)
+    assert (code, lines[0]) == (0, "sound: 40 committed, 40 published, 40 records")
+    await connection.execute(INSERT, topics[0], "key", b"")
+    code, lines = await run_example(outbox_database, kafka)
+    assert (code, lines[:2]) == (1, ["DAMAGED: 41 committed, 40 published, 40 records", "lost                  1"])
