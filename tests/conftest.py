@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
@@ -84,3 +85,24 @@ def kafka() -> Iterator[Kafka]:
         yield kafka
     finally:
         kafka.close()
+
+
+@pytest.fixture
+def fake_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """As where Maven can't be reached: an empty cache, and ``mvn`` and ``jgo`` in this directory only fail."""
+    monkeypatch.setenv("OUTBOX_RELAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("KAFKA_BOOTSTRAP_SERVERS", raising=False)
+    tools = tmp_path / "tools"
+    (tools / "jgo").mkdir(parents=True)
+    (tools / "jgo" / "__init__.py").touch()
+    (tools / "jgo" / "__main__.py").write_text("raise SystemExit('nor by jgo')")
+    monkeypatch.setenv("PYTHONPATH", str(tools))
+    monkeypatch.syspath_prepend(tools)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    write_mvn(tools, "echo [INFO] trying; echo '[ERROR] no way by mvn'; echo '[ERROR] a help page'; exit 1")
+    return tools
+
+
+def write_mvn(tools: Path, script: str) -> None:
+    (tools / "mvn").write_text(f"#!/bin/sh\n{script}\n")
+    (tools / "mvn").chmod(0o755)

@@ -38,6 +38,8 @@ from outbox_relay.servers import (
 )
 from outbox_relay.servers import kafka_jars as module_of_the_jars
 from outbox_relay.servers.kafka_jars import VERSION, kafka_jars
+from tests.conftest import write_mvn
+from tests.processes import family_of, is_alive, state_and_parent
 from tests.waiting import eventually
 
 SECONDS = 60.0
@@ -113,28 +115,6 @@ def line_of(process: subprocess.Popen[str]) -> str:
 def started(process: subprocess.Popen[str]) -> dict[str, Any]:
     said: dict[str, Any] = json.loads(line_of(process))
     return said
-
-
-def state_and_parent(pid: int) -> tuple[str, int] | None:
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return state, int(parent)
-
-
-def is_alive(pid: int) -> bool:
-    found = state_and_parent(pid)
-    return found is not None and found[0] not in "ZX"
-
-
-def family_of(pid: int) -> list[int]:
-    """The process and all that descend from it."""
-    parents = {int(path.name): state_and_parent(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
-    family = [pid]
-    for member in family:
-        family += [child for child, found in parents.items() if found is not None and found[1] == member]
-    return family
 
 
 def owner_of(pid: int) -> int:
@@ -479,27 +459,6 @@ async def test_without_an_environment_a_postgres_is_started(monkeypatch: pytest.
     database.close()
     with pytest.raises(OSError):
         await asyncpg.connect(database.url)
-
-
-@pytest.fixture
-def fake_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache, and a directory of programs in which ``mvn`` and ``jgo`` only fail."""
-    monkeypatch.setenv("OUTBOX_RELAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("KAFKA_BOOTSTRAP_SERVERS", raising=False)
-    tools = tmp_path / "tools"
-    (tools / "jgo").mkdir(parents=True)
-    (tools / "jgo" / "__init__.py").touch()
-    (tools / "jgo" / "__main__.py").write_text("raise SystemExit('nor by jgo')")
-    monkeypatch.setenv("PYTHONPATH", str(tools))
-    monkeypatch.syspath_prepend(tools)
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    write_mvn(tools, "echo [INFO] trying; echo '[ERROR] no way by mvn'; echo '[ERROR] a help page'; exit 1")
-    return tools
-
-
-def write_mvn(tools: Path, script: str) -> None:
-    (tools / "mvn").write_text(f"#!/bin/sh\n{script}\n")
-    (tools / "mvn").chmod(0o755)
 
 
 def jars_into_the_output_directory(*names: str) -> str:
