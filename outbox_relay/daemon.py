@@ -2,20 +2,20 @@
 
 Stop: claim nothing more → finish what is in flight, within the grace → settle and release → close Kafka → give the
 slots and the name back → close the database. A second signal, or the end of the grace, cuts that short: what was in
-flight is published again.
+flight is published again. Where nothing is in flight, nobody waits for a database or a Kafka that doesn't answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Sequence
-from importlib import metadata
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
-from outbox_relay import schema
+from outbox_relay import __version__, schema
 from outbox_relay.config import Config
 from outbox_relay.errors import SchemaError, SourceUnavailableError
 from outbox_relay.publisher import KafkaPublisher
@@ -28,7 +28,17 @@ from outbox_relay.telemetry import Telemetry
 
 EXIT_OK = 0
 #: Stopped before everything in flight was settled.
-EXIT_FORCED = 1
+EXIT_UNSETTLED = 1
+#: Ended by a defect of this program (EX_SOFTWARE of sysexits.h).
+EXIT_DEFECT = 70
+
+#: After a signal, how long lanes with nothing in flight may take to end by themselves.
+_IDLE_SECONDS = 2.0
+#: How long saying goodbye may take, and how long when a second signal came.
+_CLOSE_SECONDS = 5.0
+_FORCED_CLOSE_SECONDS = 1.0
+#: Between two tries to mark the last rows while the database is away.
+_SETTLE_AGAIN_SECONDS = 0.2
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -36,10 +46,14 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 async def run(config: Config, *, once: bool = False) -> int:
     """Run one relay process until a signal, or, with ``once``, until nothing is left to claim. The exit code."""
     telemetry = Telemetry(relay=config.relay.name)
-    telemetry.starting(metadata.version("outbox-relay"), config.relay.batch_rows, config.relay.claims_in_flight)
+    telemetry.starting(__version__, config.relay.batch_rows, config.relay.claims_in_flight)
     with _Signals(telemetry, config.relay.shutdown_grace_seconds) as signals:
-        code = await _run(config, telemetry, signals, once=once)
-    telemetry.stopped()
+        try:
+            code = await _run(config, telemetry, signals, once=once)
+        except Exception as error:
+            telemetry.failed(error)
+            code = EXIT_DEFECT
+    telemetry.stopped(code)
     return code
 
 
@@ -52,9 +66,7 @@ async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once:
     heart = Session(database, f"outbox-relay {config.relay.name} heartbeat")
     verifying = asyncio.ensure_future(_verified_layout(heart, telemetry))
     if not await signals.first_or(verifying):
-        verifying.cancel()
-        await asyncio.wait([verifying])
-        await heart.close()
+        await signals.while_patient(_end([verifying], heart.close))
         return EXIT_OK
     layout = await verifying
 
@@ -71,27 +83,58 @@ async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once:
     poll = Poll(config.relay.poll_floor_seconds, config.relay.poll_ceiling_seconds)
     relays = [Relay(source, _publisher(config, telemetry), poll, telemetry, once=once) for source in sources]
 
+    def in_flight() -> int:
+        return sum(source.in_flight for source in sources)
+
     heartbeat: asyncio.Future[Any] = asyncio.ensure_future(slots.run())
-    running: asyncio.Future[Any] = asyncio.gather(*(relay.run() for relay in relays))
+    running: asyncio.Future[Any] = asyncio.ensure_future(_run_lanes(relays, sources))
     try:
-        code = EXIT_OK
+        forced = False
         # A heartbeat that ends has met a defect: nothing may go on without it.
         if not await signals.first_or(running, heartbeat):
             for relay in relays:
                 relay.stop()
-            if not await signals.second_or_grace_or(running):
-                code = EXIT_FORCED
+            forced = await signals.forced_before(running, in_flight)
         for task in (running, heartbeat):
             if task.done():
                 task.result()
-        return code
+        return EXIT_UNSETTLED if forced else EXIT_OK
     finally:
-        for task in (running, heartbeat):
-            task.cancel()
-        await asyncio.wait([running, heartbeat])
-        await slots.leave()
-        for source in sources:
-            await source.close()
+        if rows := in_flight():
+            telemetry.left_unsettled(rows)
+        goodbyes = [slots.leave, *(source.close for source in sources)]
+        await signals.while_patient(_end([running, heartbeat], *goodbyes))
+
+
+async def _run_lanes(relays: Sequence[Relay], sources: Sequence[PollingSource]) -> None:
+    """Run all lanes to their end; a defect in one ends all."""
+    lanes = [asyncio.ensure_future(_run_lane(*lane)) for lane in zip(relays, sources, strict=True)]
+    try:
+        done, _ = await asyncio.wait(lanes, return_when=asyncio.FIRST_EXCEPTION)
+        for lane in done:
+            lane.result()
+    finally:
+        for lane in lanes:
+            lane.cancel()
+        await asyncio.wait(lanes)
+
+
+async def _run_lane(relay: Relay, source: PollingSource) -> None:
+    await relay.run()
+    # The database may be away at this very moment. What Kafka has is marked when it is back, as far as the grace goes.
+    while source.in_flight:
+        await asyncio.sleep(_SETTLE_AGAIN_SECONDS)
+        await source.release()
+
+
+async def _end(tasks: Sequence[asyncio.Future[Any]], *goodbyes: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Cancel the tasks, then say the goodbyes, the first before all others."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    first, *others = goodbyes
+    await first()
+    await asyncio.gather(*(goodbye() for goodbye in others))
 
 
 async def _verified_layout(session: Session, telemetry: Telemetry) -> schema.Layout:
@@ -183,12 +226,31 @@ class _Signals:
         """Wait until any of the tasks is done (True) or a signal came (False)."""
         return await _any_before(self._first, tasks, None)
 
-    async def second_or_grace_or(self, task: asyncio.Future[Any]) -> bool:
-        """Wait until the task is done (True), or a second signal came or the grace ran out (False)."""
-        done = await _any_before(self._second, [task], self._grace_seconds)
-        if not done:
-            self._telemetry.forced("second signal" if self._second.is_set() else "the grace ran out")
-        return done
+    async def forced_before(self, task: asyncio.Future[Any], in_flight: Callable[[], int]) -> bool:
+        """Wait for the task: True when a second signal came before, or the grace ran out.
+
+        A task with nothing in flight only waits for a database or for Kafka; it isn't waited for long.
+        """
+        ends = time.monotonic() + self._grace_seconds
+        while not self._second.is_set() and (left := ends - time.monotonic()) > 0:
+            if await _any_before(self._second, [task], min(left, _IDLE_SECONDS)):
+                return False
+            if not self._second.is_set() and not in_flight():
+                return False
+        self._telemetry.forced("second signal" if self._second.is_set() else "the grace ran out")
+        return True
+
+    async def while_patient(self, goodbye: Coroutine[Any, Any, None]) -> None:
+        """Run ``goodbye`` for a few seconds at most; a second signal leaves it less."""
+        task = asyncio.ensure_future(goodbye)
+        if self._second.is_set():
+            await asyncio.wait([task], timeout=_FORCED_CLOSE_SECONDS)
+        else:
+            await _any_before(self._second, [task], _CLOSE_SECONDS)
+        task.cancel()
+        await asyncio.wait([task], timeout=_FORCED_CLOSE_SECONDS)
+        if task.done() and not task.cancelled():
+            task.result()
 
 
 async def _any_before(

@@ -39,24 +39,21 @@ class Telemetry:
         self._log.info("relay.stopping", signal=signal, grace_seconds=grace_seconds)
 
     def forced(self, reason: str) -> None:
-        self._log.warning("relay.forced", reason=reason, hint="claims in flight will be published again")
+        self._log.warning("relay.forced", reason=reason)
 
     def left_unsettled(self, rows: int) -> None:
         self._log.warning(
             "relay.left_unsettled",
             rows=rows,
-            reason="published, but the database could not be reached to mark them; they will be published again",
+            reason="in flight, so they may be published once more",
         )
 
-    def gave_up(self, error: BaseException) -> None:
-        self._log.error("relay.gave_up", error=_name(error), reason=str(error))
-
     def failed(self, error: BaseException) -> None:
-        self._log.error("relay.failed", error=_name(error), reason="this is a defect", exc_info=error)
+        self._log.error("relay.failed", error=type(error).__name__, reason="a defect of outbox-relay", exc_info=error)
 
-    def stopped(self) -> None:
+    def stopped(self, exit_code: int) -> None:
         self._say_progress(time.monotonic())
-        self._log.info("relay.stopped")
+        self._log.info("relay.stopped", exit_code=exit_code)
 
     # -- outages: one line at the start, one now and then, one at the end
 

@@ -252,6 +252,11 @@ class PollingSource:
                 await asyncio.sleep(_LOCKED.ceiling_seconds / 4)
         self._drop_published_outside({})
 
+    @property
+    def in_flight(self) -> int:
+        """How many rows are out to be published, or were published and aren't marked yet."""
+        return len(self._claimed) + len(self._published)
+
     async def close(self) -> None:
         """Close the connection."""
         await self._session.close()
