@@ -1,0 +1,170 @@
+"""Sources with what stands behind them, so that one suite can hold the fake and the real one to the protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Collection
+from typing import Protocol
+
+import asyncpg
+from sqlalchemy import make_url
+
+from outbox_relay import schema
+from outbox_relay.message import Record
+from outbox_relay.relay import Source
+from outbox_relay.retry import Backoff
+from outbox_relay.source import session
+from outbox_relay.source.polling import PollingSource
+from outbox_relay.source.session import Session
+from outbox_relay.source.slots import Slots
+from outbox_relay.telemetry import Telemetry
+from tests.conftest import Database
+from tests.fakes import MemoryOutbox, MemorySource
+
+BACKOFF = Backoff(0.05, 0.05)
+
+
+class SourceWorld(Protocol):
+    """An outbox, its relays, and everybody else who touches it."""
+
+    async def insert(self, *records: Record) -> None: ...
+
+    async def sent(self) -> set[int]:
+        """The rows that are marked."""
+        ...
+
+    async def source(self, *, batch_rows: int = 100) -> Source:
+        """The source of one more relay."""
+        ...
+
+    def locked(self, ids: Collection[int]) -> contextlib.AbstractAsyncContextManager[None]:
+        """Another session has these rows locked."""
+        ...
+
+    def unreachable(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """No relay gets at the outbox."""
+        ...
+
+    async def take_away(self) -> None:
+        """Whatever relays own, they own no more."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class MemoryWorld:
+    """The fake."""
+
+    def __init__(self) -> None:
+        self._outbox = MemoryOutbox()
+
+    async def insert(self, *records: Record) -> None:
+        self._outbox.insert(*records)
+
+    async def sent(self) -> set[int]:
+        return set(self._outbox.sent)
+
+    async def source(self, *, batch_rows: int = 100) -> Source:
+        return MemorySource(self._outbox, batch_rows=batch_rows, backoff=BACKOFF)
+
+    @contextlib.asynccontextmanager
+    async def locked(self, ids: Collection[int]) -> AsyncIterator[None]:
+        self._outbox.locked.update(ids)
+        yield
+        self._outbox.locked.difference_update(ids)
+
+    @contextlib.asynccontextmanager
+    async def unreachable(self) -> AsyncIterator[None]:
+        self._outbox.reachable = False
+        yield
+        self._outbox.reachable = True
+
+    async def take_away(self) -> None:
+        self._outbox.give_to(None)
+
+    async def close(self) -> None:
+        pass
+
+
+class PostgresWorld:
+    """PollingSource on PostgreSQL, each with slots of its own, as in a relay process of one lane."""
+
+    def __init__(self, database: Database, connection: asyncpg.Connection, admin: asyncpg.Connection) -> None:
+        self._database = database
+        self._connection = connection
+        self._admin = admin
+        self._name = make_url(database.url).database
+        self._relays: list[tuple[PollingSource, Slots, asyncio.Task[None]]] = []
+
+    @classmethod
+    async def open(cls, database: Database, admin_url: str) -> PostgresWorld:
+        connection = await database.connect()
+        await schema.apply(connection)
+        return cls(database, connection, await asyncpg.connect(admin_url))
+
+    async def insert(self, *records: Record) -> None:
+        await self._connection.executemany(
+            "INSERT INTO outbox (id, event_id, topic, key, payload) VALUES ($1, $2, $3, $4, $5)",
+            [
+                (each.id, each.event_id, each.topic, None if each.key is None else each.key.decode(), each.value)
+                for each in records
+            ],
+        )
+
+    async def sent(self) -> set[int]:
+        return {row["id"] for row in await self._connection.fetch("SELECT id FROM outbox WHERE sent_at IS NOT NULL")}
+
+    async def source(self, *, batch_rows: int = 100) -> PollingSource:
+        database = session.Database(self._database.url, 5.0, 5.0)
+        telemetry = Telemetry()
+        slots = Slots(
+            Session(database, "outbox-relay heartbeat"),
+            telemetry,
+            name="test",
+            lanes=1,
+            lease_seconds=60.0,
+            heartbeat_seconds=0.05,
+        )
+        source = PollingSource(
+            Session(database, "outbox-relay lane"),
+            slots,
+            0,
+            telemetry,
+            layout_buckets=64,
+            layout_slots=16,
+            batch_rows=batch_rows,
+            statement_timeout_seconds=5.0,
+            backoff=BACKOFF,
+        )
+        self._relays.append((source, slots, asyncio.create_task(slots.run())))
+        return source
+
+    @contextlib.asynccontextmanager
+    async def locked(self, ids: Collection[int]) -> AsyncIterator[None]:
+        stranger = await self._database.connect()
+        async with stranger.transaction():
+            await stranger.execute("SELECT FROM outbox WHERE id = ANY ($1) FOR UPDATE", list(ids))
+            yield
+
+    @contextlib.asynccontextmanager
+    async def unreachable(self) -> AsyncIterator[None]:
+        await self._admin.execute(f"ALTER DATABASE {self._name} ALLOW_CONNECTIONS false")
+        await self._admin.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = $1 AND application_name LIKE 'outbox-relay %'",
+            self._name,
+        )
+        yield
+        await self._admin.execute(f"ALTER DATABASE {self._name} ALLOW_CONNECTIONS true")
+
+    async def take_away(self) -> None:
+        await self._connection.execute("UPDATE outbox_slot SET owner = NULL, epoch = epoch + 1")
+
+    async def close(self) -> None:
+        for source, slots, heartbeat in self._relays:
+            heartbeat.cancel()
+            await asyncio.wait([heartbeat])
+            await slots.leave()
+            await source.close()
+        await self._admin.close()
