@@ -49,6 +49,9 @@ _ROW_ERRORS = (
     kafka_errors.UnknownError,
 )
 
+#: What isn't waited for when nothing else is under way.
+_HOPELESS = (kafka_errors.UnknownTopicOrPartitionError, kafka_errors.NotEnoughReplicasError)
+
 _TOO_LARGE = "the record is larger than the topic takes: raise its {}, or store less in payload"
 _ADVICE: dict[type[BaseException], str] = {
     kafka_errors.RecordTooLargeError: "brokers take no request as large as the record (100 MiB): store less in it",
@@ -63,7 +66,10 @@ _ADVICE: dict[type[BaseException], str] = {
         "create the topic (the relay never does), or grant this relay's user Describe on it"
     ),
     kafka_errors.LeaderNotAvailableError: "a partition has no leader: is the broker with its replicas up?",
-    TimeoutError: "Kafka is there, but a partition doesn't answer: has it as many replicas in sync as it needs?",
+    kafka_errors.NotEnoughReplicasError: (
+        "a partition has fewer replicas in sync than the topic's min.insync.replicas: are all its brokers up?"
+    ),
+    TimeoutError: "Kafka is there, but a partition doesn't answer: is the broker that leads it in trouble?",
 }
 
 
@@ -217,7 +223,7 @@ class KafkaPublisher:
     async def _wait(
         self, sent: Mapping[asyncio.Future[object], Partition], rows: Mapping[Partition, int]
     ) -> Set[asyncio.Future[object]]:
-        """Wait until Kafka has answered all, or the deadline, or all topics without an answer are gone; those."""
+        """Wait until Kafka has answered all, or the deadline, or waiting is hopeless; those without an answer."""
         assert self._producer is not None
         deadline_seconds = self._deadline_seconds * self._lengthened
         began = time.monotonic()
@@ -236,7 +242,7 @@ class KafkaPublisher:
             if waited >= self._warn_seconds and not said_slow:
                 said_slow = True
                 self._telemetry.publish_slow(unanswered_rows(), waited)
-            if waited >= _LOOK_SECONDS and all(self._is_gone(sent[future]) for future in pending):
+            if waited >= _LOOK_SECONDS and all(self._is_hopeless(sent[future]) for future in pending):
                 return pending
             looks = (_LOOK_SECONDS, deadline_seconds - waited, self._warn_seconds - waited)
             _, pending = await asyncio.wait(pending, timeout=min(seconds for seconds in looks if seconds > 0))
@@ -246,9 +252,10 @@ class KafkaPublisher:
             self._lengthened = 1
         return pending
 
-    def _is_gone(self, partition: Partition) -> bool:
+    def _is_hopeless(self, partition: Partition) -> bool:
+        """Whether the topic is gone, or has too few replicas, so that its batch isn't written and won't be soon."""
         assert self._producer is not None
-        return isinstance(self._producer.obstacle(partition), kafka_errors.UnknownTopicOrPartitionError)
+        return isinstance(self._producer.obstacle(partition), _HOPELESS)
 
     # -- the producer's life
 

@@ -9,21 +9,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-PRODUCE, METADATA, INIT_PRODUCER_ID = 0, 3, 22
+PRODUCE, METADATA, API_VERSIONS, INIT_PRODUCER_ID = 0, 3, 18, 22
 _CHUNK_BYTES = 65_536
 
 
 @dataclass
 class Request:
-    """One request as far as it was received; ``began`` and ``ended`` are monotonic seconds."""
+    """One request as far as it was received. ``began`` is in monotonic seconds."""
 
-    connection: int
     api_key: int
     version: int
     size: int
     began: float
     received: int = 0
-    ended: float = 0.0
 
     @property
     def complete(self) -> bool:
@@ -36,6 +34,10 @@ class KafkaProxy:
 
     bootstrap_servers: str
     requests: list[Request] = field(default_factory=list)
+    #: How many connections were tried, those refused among them.
+    connections: int = 0
+    #: Every connection is cut, and each new one at once.
+    refusing: bool = False
     #: Requests of these API keys are neither passed on nor answered.
     swallowed: set[int] = field(default_factory=set)
     #: Changes an answer to a request of that API key, given the version and the bytes behind the correlation id.
@@ -45,7 +47,6 @@ class KafkaProxy:
         host, port = self.bootstrap_servers.rsplit(":", 1)
         self._broker = (host, int(port))
         self._port = 0
-        self._connections = 0
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -58,57 +59,61 @@ class KafkaProxy:
     def of(self, api_key: int) -> list[Request]:
         return [request for request in self.requests if request.api_key == api_key]
 
+    @property
+    def idle(self) -> bool:
+        """Whether no connection is open."""
+        return not self._tasks
+
     # -- what it can do
 
     def stand_still(self) -> None:
         """Pass nothing on in either direction; connections are taken and stay open."""
         self._flowing.clear()
 
-    def flow(self) -> None:
-        """Go on with everything that waits."""
-        self._flowing.set()
-
     async def refuse(self) -> None:
-        """Close every connection and take none."""
-        assert self._server is not None
-        self._server.close()
+        """Cut every connection, whatever it still carries, and take none until :meth:`flow`."""
+        self.refusing = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def accept(self) -> None:
-        """Take connections, at the same address as ever."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
-        self._port = self._server.sockets[0].getsockname()[1]
+    def flow(self) -> None:
+        """Work again; what stood still goes on."""
+        self.refusing = False
+        self._flowing.set()
 
     async def __aenter__(self) -> KafkaProxy:
-        await self.accept()
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._port = self._server.sockets[0].getsockname()[1]
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
         await self.refuse()
 
     # -- how
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        self._connections += 1
         try:
             with contextlib.suppress(OSError, EOFError, asyncio.CancelledError):
-                await self._connect(self._connections, reader, writer)
+                if not self.refusing:
+                    await self._connect(reader, writer)
         finally:
             writer.transport.abort()
             self._tasks.discard(task)
 
-    async def _connect(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._flowing.wait()
         broker_reader, broker_writer = await asyncio.open_connection(*self._broker)
         asked: dict[int, Request] = {}
         pumps = [
-            asyncio.ensure_future(self._requests(number, reader, broker_writer, asked)),
-            asyncio.ensure_future(self._answers(broker_reader, writer, asked)),
+            asyncio.ensure_future(self._pass_requests(reader, broker_writer, asked)),
+            asyncio.ensure_future(self._pass_answers(broker_reader, writer, asked)),
         ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -118,17 +123,16 @@ class KafkaProxy:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def _requests(
-        self, number: int, reader: asyncio.StreamReader, broker: asyncio.StreamWriter, asked: dict[int, Request]
+    async def _pass_requests(
+        self, reader: asyncio.StreamReader, broker: asyncio.StreamWriter, asked: dict[int, Request]
     ) -> None:
         while True:
-            head = await reader.readexactly(12)
-            size, api_key, version, correlation_id = struct.unpack(">ihhi", head)
-            request = Request(number, api_key, version, size + 4, time.monotonic(), len(head))
+            piece = await reader.readexactly(12)
+            size, api_key, version, correlation_id = struct.unpack(">ihhi", piece)
+            request = Request(api_key, version, size + 4, time.monotonic(), len(piece))
             self.requests.append(request)
             asked[correlation_id] = request
             swallowed = api_key in self.swallowed
-            piece = head
             while True:
                 await self._flowing.wait()
                 if not swallowed:
@@ -140,18 +144,17 @@ class KafkaProxy:
                 request.received += len(piece)
                 if not piece:
                     return
-            request.ended = time.monotonic()
 
-    async def _answers(
+    async def _pass_answers(
         self, broker: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: dict[int, Request]
     ) -> None:
-        mine = struct.pack(">i", self._port)
-        theirs = struct.pack(">i", self._broker[1])
+        mine = b"127.0.0.1" + struct.pack(">i", self._port)
+        theirs = b"127.0.0.1" + struct.pack(">i", self._broker[1])
         while True:
             (size,) = struct.unpack(">i", await broker.readexactly(4))
             answer = await broker.readexactly(size)
             request = asked.pop(int.from_bytes(answer[:4], "big"))
-            body = answer[4:].replace(b"127.0.0.1" + theirs, b"127.0.0.1" + mine)
+            body = answer[4:].replace(theirs, mine)
             if lie := self.lies.get(request.api_key):
                 body = lie(request.version, body)
             await self._flowing.wait()
