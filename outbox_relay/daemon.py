@@ -177,7 +177,6 @@ def _source(
         layout_buckets=layout.buckets,
         layout_slots=layout.slots,
         batch_rows=config.relay.batch_rows,
-        statement_timeout_seconds=config.database.statement_timeout_seconds,
         backoff=Backoff(config.relay.retry_first_seconds, config.relay.retry_ceiling_seconds),
     )
 

@@ -44,8 +44,6 @@ WITH settings AS MATERIALIZED (
     SELECT set_config('synchronous_commit',
                       CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
                       true),
-           set_config('statement_timeout', $3, true),
-           set_config('idle_in_transaction_session_timeout', $3, true),
            set_config('enable_seqscan', 'off', true),
            set_config('enable_bitmapscan', 'off', true),
            set_config('plan_cache_mode', 'force_generic_plan', true),
@@ -174,7 +172,6 @@ class PollingSource:
         layout_buckets: int,
         layout_slots: int,
         batch_rows: int,
-        statement_timeout_seconds: float,
         backoff: Backoff,
     ) -> None:
         self._session = session
@@ -184,7 +181,6 @@ class PollingSource:
         self._layout_buckets = layout_buckets
         self._layout_slots = layout_slots
         self._batch_rows = batch_rows
-        self._timeout = f"{int(statement_timeout_seconds * 1000)}ms"
         self._statement: str | None = None
         self._claimed: dict[int, Ownership] = {}  # by id, the claim that is out
         self._published: dict[int, Ownership] = {}  # by id, acknowledged by Kafka and not marked yet
@@ -265,7 +261,7 @@ class PollingSource:
 
     async def _own(self, epochs: dict[int, int]) -> dict[int, int]:
         """Lock the slots and find out which are really ours; the others are lost."""
-        rows = await self._session.fetch(OWN, list(epochs), list(epochs.values()), self._timeout)
+        rows = await self._session.fetch(OWN, list(epochs), list(epochs.values()))
         ours = {row["slot"]: epochs[row["slot"]] for row in rows}
         if len(ours) < len(epochs):
             self._slots.lost(epochs.keys() - ours.keys(), "another relay has taken them")

@@ -134,7 +134,6 @@ class PostgresWorld:
             layout_buckets=64,
             layout_slots=16,
             batch_rows=batch_rows,
-            statement_timeout_seconds=5.0,
             backoff=BACKOFF,
         )
         self._relays.append((source, slots, asyncio.create_task(slots.run())))
