@@ -35,9 +35,9 @@ class _Alternative(PollingSource):
             layout_buckets=layout.buckets,
             layout_slots=slots,
             batch_rows=config.relay.batch_rows,
-            statement_timeout_seconds=config.database.statement_timeout_seconds,
             backoff=Backoff(config.relay.retry_first_seconds, config.relay.retry_ceiling_seconds),
         )
+        self._timeout = f"{int(config.database.statement_timeout_seconds * 1000)}ms"
         self._patience_seconds = config.relay.lease_seconds
         self._patience = f"{int(config.relay.lease_seconds * 1000)}ms"
 
