@@ -43,7 +43,7 @@ class _Alternative(PollingSource):
 
     async def _command(self, command: str) -> None:
         connection = await self._session.connection()
-        with self._session.unavailable(command):
+        with self._session.unavailable(command.split()[0]):
             await connection.execute(command)
 
 
@@ -61,8 +61,7 @@ PICK = """
 -- pick
 WITH settings AS MATERIALIZED (
     SELECT set_config('synchronous_commit', 'on', true),
-           set_config('statement_timeout', $4, true),
-           set_config('idle_in_transaction_session_timeout', $5, true),
+           set_config('idle_in_transaction_session_timeout', $4, true),
            set_config('enable_seqscan', 'off', true),
            set_config('enable_bitmapscan', 'off', true),
            set_config('plan_cache_mode', 'force_generic_plan', true),
@@ -105,12 +104,10 @@ class ClaimTransaction(_Alternative):
     async def claim(self) -> Claim:
         await self._finish()
         connection = await self._session.connection()
-        await self._command("BEGIN")
+        await self._command(self._session._begin)
         self._open = connection
         ends = time.monotonic() + self._patience_seconds
-        buckets = await self._session.fetch(
-            PICK, self._turn, self._share, self._layout_buckets, self._timeout, self._patience
-        )
+        buckets = await self._session.fetch(PICK, self._turn, self._share, self._layout_buckets, self._patience)
         self._turn = (self._turn + self._share) % self._layout_buckets
         epochs = {row["bucket"]: 0 for row in buckets}
         rows = await self._read(epochs)
