@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import Future
+from typing import Any
 
 from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AclBinding,
+    AclBindingFilter,
+    AclOperation,
+    AclPermissionType,
     AdminClient,
     AlterConfigOpType,
     ConfigEntry,
     ConfigResource,
     NewPartitions,
+    ResourcePatternType,
     ResourceType,
 )
 
@@ -39,5 +45,29 @@ class Admin:
     async def grow(self, topic: str, partitions: int) -> None:
         await self._done(self._client.create_partitions([NewPartitions(topic, partitions)])[topic])
 
-    async def _done(self, future: Future[None]) -> None:
+    async def forbid_writing(self, topic: str) -> None:
+        """To everybody; where there is an authorizer, and one that allows what no rule is about."""
+        rules = [
+            AclBinding(ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, "User:*", "*", operation, permission)
+            for operation, permission in (
+                (AclOperation.ALL, AclPermissionType.ALLOW),
+                (AclOperation.WRITE, AclPermissionType.DENY),
+            )
+        ]
+        for future in self._client.create_acls(rules).values():
+            await self._done(future)
+
+    async def allow_writing(self, topic: str) -> None:
+        rules = AclBindingFilter(
+            ResourceType.TOPIC,
+            topic,
+            ResourcePatternType.LITERAL,
+            None,  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]
+            AclOperation.WRITE,
+            AclPermissionType.DENY,
+        )
+        await self._done(self._client.delete_acls([rules])[rules])
+
+    async def _done(self, future: Future[Any]) -> None:
         await asyncio.to_thread(future.result, _SECONDS)

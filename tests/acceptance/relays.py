@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from outbox_relay.checker import Report
 from outbox_relay.outbox import Message
 from outbox_relay.servers import Kafka
 from outbox_relay.servers.guarded import Guarded
-from outbox_relay.topic_reader import check_topics
+from outbox_relay.topic_reader import check_topics, read_topics
 from tests.waiting import eventually
 
 SECONDS = 60.0
@@ -153,6 +153,25 @@ def _toml(config: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(tables)
 
 
+SLOTS = 16
+
+
+def owned(relay: RelayProcess) -> int:
+    """How many slots it has, as it says."""
+    events = [event for event in relay.events() if event["event"] in ("slots.taken", "slots.released")]
+    return int(events[-1]["owned"]) if events else 0
+
+
+async def shared_out(relays: Sequence[RelayProcess]) -> None:
+    """Wait until every relay has an even share of the slots."""
+    await eventually(lambda: all(owned(relay) == SLOTS // len(relays) for relay in relays), "even shares")
+
+
+def in_flight(relay: RelayProcess) -> set[int]:
+    """The ids that it has claimed and not marked."""
+    return set(relay.ids("claim.made")) - set(relay.ids("claim.settled"))
+
+
 async def new_topic(kafka: Kafka, partitions: int = 6, config: Mapping[str, str] | None = None) -> str:
     name = f"orders-{uuid4().hex}"
     await kafka.create_topic(name, partitions, config)
@@ -226,6 +245,23 @@ class Application:
             await connection.close(timeout=10)
 
 
+@contextlib.asynccontextmanager
+async def busy(application: Application) -> AsyncIterator[None]:
+    """The application writes, at most 50,000 rows, until the block is left."""
+    done = asyncio.Event()
+
+    async def write() -> None:
+        while not done.is_set() and application.committed_rows < 50_000:
+            await application.write(200, writers=4)
+
+    writing = asyncio.create_task(write())
+    try:
+        yield
+    finally:
+        done.set()
+        await writing
+
+
 async def drained(connection: asyncpg.Connection, deadline_seconds: float = 120.0) -> None:
     """Wait until no unsent row is left."""
 
@@ -239,3 +275,15 @@ async def compare(connection: asyncpg.Connection, kafka: Kafka, *topics: str) ->
     """What the table says was committed against what Kafka holds."""
     committed = await ledger.committed_rows(connection)
     return await check_topics(committed, kafka.bootstrap_servers, topics, deadline_seconds=SECONDS)
+
+
+async def repeated(connection: asyncpg.Connection, report: Report) -> set[int]:
+    """The ids of the rows that Kafka holds more than once."""
+    rows = await connection.fetch("SELECT id FROM outbox WHERE event_id = ANY ($1)", list(report.duplicate_ids))
+    return {row["id"] for row in rows}
+
+
+async def ids_in(kafka: Kafka, topic: str) -> list[int]:
+    """The outbox ids of the topic's records, in the order of each partition."""
+    records = read_topics(kafka.bootstrap_servers, [topic], deadline_seconds=SECONDS)
+    return [int(dict(record.headers)["outbox-id"] or b"") async for record in records]

@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 from aiokafka.protocol import produce
 
-from outbox_relay.checker import Seen
 from outbox_relay.errors import PublisherUnavailableError
 from outbox_relay.message import Delivered, Outcome, Released, Retry, Scope
 from outbox_relay.partitioner import partition_for
 from outbox_relay.publisher import KafkaPublisher
 from outbox_relay.servers import Kafka
 from outbox_relay.telemetry import Telemetry
-from outbox_relay.topic_reader import read_topics
-from tests.acceptance.relays import SECONDS, new_topic
+from tests.acceptance.relays import ids_in, new_topic
 from tests.fakes import record
 from tests.kafka_admin import Admin
 from tests.kafka_proxy import API_VERSIONS, INIT_PRODUCER_ID, METADATA, PRODUCE, KafkaProxy
@@ -90,15 +88,6 @@ def kinds(outcomes: Sequence[Outcome]) -> list[type[Outcome]]:
 
 def key_of_partition(number: int, partitions: int) -> str:
     return next(key for n in range(1000) if partition_for((key := f"k{n}").encode(), partitions) == number)
-
-
-async def read(kafka: Kafka, topic: str) -> list[Seen]:
-    return [seen async for seen in read_topics(kafka.bootstrap_servers, [topic], deadline_seconds=SECONDS)]
-
-
-async def ids_in(kafka: Kafka, topic: str) -> list[int]:
-    """The outbox ids of the topic's records, in the order of each partition."""
-    return [int(dict(seen.headers)["outbox-id"] or b"") for seen in await read(kafka, topic)]
 
 
 async def connects(publisher: KafkaPublisher) -> bool:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import signal
-from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
 import pytest
 
 from outbox_relay.servers import Kafka
-from tests.acceptance.relays import Application, RelayProcess, compare, drained, new_topic, relay_process
+from tests.acceptance.relays import (
+    SLOTS,
+    Application,
+    busy,
+    compare,
+    drained,
+    in_flight,
+    new_topic,
+    owned,
+    relay_process,
+    repeated,
+    shared_out,
+)
 from tests.conftest import Database
 from tests.waiting import eventually
 
 ROWS = 20_000
-SLOTS = 16
-
-
-def owned(relay: RelayProcess) -> int:
-    """How many slots it has, as it says."""
-    events = [event for event in relay.events() if event["event"] in ("slots.taken", "slots.released")]
-    return int(events[-1]["owned"]) if events else 0
-
-
-async def shared_out(relays: list[RelayProcess]) -> None:
-    """Wait until every relay has an even share of the slots."""
-    await eventually(lambda: all(owned(relay) == SLOTS // len(relays) for relay in relays), "even shares")
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -54,23 +51,6 @@ async def test_relays_share_the_work_and_repeat_nothing(count: int, outbox_datab
     assert application.rolled_back_rows >= 0.9 * ROWS
     assert sum(settled) == ROWS
     assert min(settled) >= ROWS / 10, settled
-
-
-@contextlib.asynccontextmanager
-async def busy(application: Application) -> AsyncIterator[None]:
-    """The application writes, at most 50,000 rows, until the block is left."""
-    done = asyncio.Event()
-
-    async def write() -> None:
-        while not done.is_set() and application.committed_rows < 50_000:
-            await application.write(200, writers=4)
-
-    writing = asyncio.create_task(write())
-    try:
-        yield
-    finally:
-        done.set()
-        await writing
 
 
 async def test_a_second_relay_gets_its_share_of_a_busy_first_one(outbox_database: Database, kafka: Kafka) -> None:
@@ -147,13 +127,12 @@ async def test_a_frozen_relay_is_replaced_when_its_lease_runs_out_and_does_no_ha
             await eventually(lambda: frozen.ids("claim.settled"), "the relay is busy")
             frozen.signal(signal.SIGSTOP)
             await eventually(lambda: owned(other) == SLOTS, "the other relay takes over")
-            in_flight = set(frozen.ids("claim.made")) - set(frozen.ids("claim.settled"))
+            claimed = in_flight(frozen)
             frozen.signal(signal.SIGCONT)
             await shared_out([frozen, other])
         await drained(connection)
         assert [await relay.stop() for relay in (frozen, other)] == [0, 0]
     report = await compare(connection, kafka, topic)
     assert report.sound, report.describe()
-    ids = {str(row["event_id"]): row["id"] for row in await connection.fetch("SELECT event_id, id FROM outbox")}
-    assert {ids[event_id] for event_id in report.duplicate_ids} <= in_flight
+    assert await repeated(connection, report) <= claimed
     assert set(report.duplicate_ids.values()) <= {1}
