@@ -98,6 +98,13 @@ _UNSENT = """
 _FIRST = _UNSENT.format(start=">= (owned.bucket, -9223372036854775808)", bucket="owned.bucket", limit="$2")
 _NEXT = _UNSENT.format(start="> (deep.bucket, deep.last_id)", bucket="deep.bucket", limit="$3")
 
+# RFC 3339. Printed by PostgreSQL, whose calendar is longer than Python's: an infinite created_at, or one of the year
+# 10000, isn't worth stopping for, and arrives as PostgreSQL prints it.
+CREATED_AT = """
+           CASE WHEN o.created_at >= '0001-01-01 00:00Z' AND o.created_at < '10000-01-01 00:00Z'
+                THEN to_char(o.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
+                ELSE o.created_at::text END"""
+
 # Each bucket is read on its own, so that no backlog of a bucket that isn't ours is stepped over. Each gives its share
 # of the batch, so that none waits for another's backlog, and the room that is left goes to those that have more, the
 # one with the oldest rows first. So hardly more is read than is taken, however the backlog is spread. Locked in order
@@ -128,7 +135,7 @@ FROM (
     LIMIT $3
 ) AS c
 LEFT JOIN LATERAL (
-    SELECT o.event_id::text, o.type, {{payload}} AS payload, o.headers::text, o.created_at
+    SELECT o.event_id::text, o.type, {{payload}} AS payload, o.headers::text, {CREATED_AT} AS created_at
     FROM outbox o
     WHERE o.bucket = c.bucket AND o.id = c.id AND o.sent_at IS NULL
       AND o.topic = c.topic AND o.key IS NOT DISTINCT FROM c.key
@@ -359,12 +366,11 @@ def _line(record: Record) -> Line:
 
 
 def _record(row: asyncpg.Record) -> Record:
-    created_at = row["created_at"].isoformat(timespec="microseconds")[:-6]  # asyncpg gives UTC
     headers: list[Header] = [("id", row["event_id"].encode())]
     if row["type"] is not None:
         headers.append(("type", row["type"].encode()))
     headers.append(("outbox-id", b"%d" % row["id"]))
-    headers.append(("created_at", f"{created_at}Z".encode()))
+    headers.append(("created_at", row["created_at"].encode()))
     if row["headers"] != "{}":
         headers.extend((name, value.encode()) for name, value in json.loads(row["headers"]).items())
     key = row["key"]

@@ -499,11 +499,12 @@ async def test_a_batch_takes_the_same_statements_whatever_its_size(
 
 # -- statements that are written otherwise
 
-BY_ID = """
+BY_ID = f"""
 -- claim
 SELECT c.id, c.bucket, c.topic, c.key, c.event_id, c.type, c.payload, c.headers, c.created_at
 FROM (
-    SELECT o.id, o.bucket, o.topic, o.key, o.event_id::text, o.type, o.payload, o.headers::text, o.created_at
+    SELECT o.id, o.bucket, o.topic, o.key, o.event_id::text, o.type, o.payload, o.headers::text,
+           {polling.CREATED_AT} AS created_at
     FROM outbox o
     WHERE o.bucket = ANY ($1::smallint[]) AND o.sent_at IS NULL AND $2::int > 0
       AND o.id <> ALL ($4::bigint[]) AND o.topic <> ALL ($5::text[])

@@ -160,10 +160,15 @@ class PostgresWorld:
     async def take_away(self) -> None:
         await self._connection.execute("UPDATE outbox_slot SET owner = NULL, epoch = epoch + 1")
 
-    async def close(self) -> None:
-        for source, slots, heartbeat in self._relays:
+    async def freeze_heartbeats(self) -> None:
+        """No relay learns any more what becomes of its slots."""
+        for _, _, heartbeat in self._relays:
             heartbeat.cancel()
             await asyncio.wait([heartbeat])
+
+    async def close(self) -> None:
+        await self.freeze_heartbeats()
+        for source, slots, _ in self._relays:
             await slots.leave()
             await source.close()
         await self._admin.close()
