@@ -1,6 +1,6 @@
 """Kafka, and the only place that classifies a broker's errors.
 
-Batches are built here, one a partition, since aiokafka's own ``send`` costs five times as much a message
+Batches are built here, one a partition, since aiokafka's own ``send`` costs four times as much a message
 (``docs/decisions/0005-publishing-with-aiokafka.md``). What is left undecided by Kafka ends here: a publish has a
 deadline, and past it the producer is abandoned.
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from io import BytesIO
+from itertools import count
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from outbox_relay.partitioner import partition_for
 from outbox_relay.publisher import KafkaPublisher
 from outbox_relay.servers import Kafka
 from outbox_relay.telemetry import Telemetry
-from tests.acceptance.relays import ids_in, new_topic
+from outbox_relay.topic_reader import read_topics
+from tests.acceptance.relays import SECONDS, ids_in, new_topic
 from tests.fakes import record
 from tests.kafka_admin import Admin
 from tests.kafka_proxy import API_VERSIONS, INIT_PRODUCER_ID, METADATA, PRODUCE, KafkaProxy
@@ -321,3 +323,32 @@ async def test_a_topic_that_is_deleted_meanwhile_is_missed_without_a_tight_loop(
         assert len(proxy.of(METADATA)) - before <= 15
         # It isn't made by asking for it.
         assert deleted not in await Admin(kafka.bootstrap_servers).topics()
+
+
+async def test_partitions_that_a_topic_grew_are_used_as_soon_as_they_are_noticed(kafka: Kafka) -> None:
+    """From then on a key may be in another partition: the order of what is in both is lost to consumers."""
+    topic = await new_topic(kafka, 1)
+    ids = count(1)
+    async with publisher_at(kafka.bootstrap_servers, metadata_max_age_seconds=0.2) as publisher:
+
+        async def publish() -> None:
+            records = [record(next(ids), f"k{n}", topic) for n in range(20)]
+            assert kinds(await publisher.publish(records, ours)) == [Delivered] * 20
+
+        async def notices() -> bool:
+            await publish()
+            assert publisher._producer is not None
+            return publisher._producer.partition_count(topic) == 4
+
+        await publisher.connect()
+        await publish()
+        await Admin(kafka.bootstrap_servers).grow(topic, 4)
+        await eventually(notices, "four partitions are known")
+        await publish()
+    written = [seen async for seen in read_topics(kafka.bootstrap_servers, [topic], deadline_seconds=SECONDS)]
+    for number in range(4):
+        inside = [seen for seen in written if seen.partition == number]
+        assert inside
+        assert all(partition_for(seen.key or b"", 4) == number for seen in inside if number)
+        positions = [int(dict(seen.headers)["outbox-id"] or b"") for seen in inside]
+        assert positions == sorted(positions), "in order within a partition"

@@ -179,15 +179,45 @@ async def test_other_partitions_go_on_while_a_row_at_fault_is_looked_for(monkeyp
     assert partitions[:4] == ["t", "other", "t", "other"]
 
 
+#: What Kafka may answer to a batch and aiokafka doesn't try again by itself, by error code.
+ANSWERS = {
+    -1: Scope.ROW,  # something unexpected; a record may be behind it
+    2: Scope.ROW,  # CORRUPT_MESSAGE
+    10: Scope.ROW,  # MESSAGE_TOO_LARGE
+    17: Scope.TOPIC,  # INVALID_TOPIC_EXCEPTION
+    18: Scope.ROW,  # RECORD_LIST_TOO_LARGE
+    21: Scope.TOPIC,  # INVALID_REQUIRED_ACKS
+    29: Scope.TOPIC,  # TOPIC_AUTHORIZATION_FAILED
+    31: Scope.TOPIC,  # CLUSTER_AUTHORIZATION_FAILED
+    32: Scope.ROW,  # INVALID_TIMESTAMP
+    35: Scope.TOPIC,  # UNSUPPORTED_VERSION
+    42: Scope.TOPIC,  # INVALID_REQUEST
+    43: Scope.ROW,  # UNSUPPORTED_FOR_MESSAGE_FORMAT
+    44: Scope.ROW,  # POLICY_VIOLATION
+    45: Scope.TOPIC,  # OUT_OF_ORDER_SEQUENCE_NUMBER
+    47: Scope.TOPIC,  # INVALID_PRODUCER_EPOCH
+    48: Scope.TOPIC,  # INVALID_TXN_STATE
+    49: Scope.TOPIC,  # INVALID_PRODUCER_ID_MAPPING
+    53: Scope.TOPIC,  # TRANSACTIONAL_ID_AUTHORIZATION_FAILED
+    59: Scope.TOPIC,  # UNKNOWN_PRODUCER_ID
+    87: Scope.ROW,  # INVALID_RECORD
+}
+#: What it tries again, so that the publisher meets it as TimeoutError, or sees the obstacle itself.
+TRIED_AGAIN = {3, 5, 6, 7, 19, 20, 56}
+
+
+def test_it_is_known_which_answers_are_tried_again_by_the_client() -> None:
+    assert {code for code in TRIED_AGAIN | ANSWERS.keys() if kafka_errors.for_code(code).retriable} == TRIED_AGAIN
+
+
 @pytest.mark.parametrize(
     ("error", "scope"),
     [
-        (kafka_errors.MessageSizeTooLargeError(), Scope.ROW),
-        (kafka_errors.UnknownError(), Scope.ROW),
-        (kafka_errors.TopicAuthorizationFailedError(), Scope.TOPIC),
-        (kafka_errors.OutOfOrderSequenceNumber(), Scope.TOPIC),
+        *((kafka_errors.for_code(code)(), scope) for code, scope in ANSWERS.items()),
+        (kafka_errors.ProducerFenced(), Scope.TOPIC),
         (kafka_errors.KafkaError("the sender died"), Scope.TOPIC),
     ],
+    ids=lambda value: repr(value) if isinstance(value, Exception) else value.name,
 )
 async def test_what_is_not_the_rows_fault_is_its_topics(
     error: Exception, scope: Scope, monkeypatch: pytest.MonkeyPatch
@@ -199,6 +229,7 @@ async def test_what_is_not_the_rows_fault_is_its_topics(
     assert (outcomes[0].scope, outcomes[0].error) == (scope, type(error).__name__)
     assert isinstance(outcomes[1], Delivered)
     assert publisher.ready
+    assert broker.producers == 2, "once more, and not in a loop"
 
 
 async def test_without_kafka_nobody_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
