@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from outbox_relay.errors import SourceUnavailableError
+from outbox_relay.errors import PublisherUnavailableError, SourceUnavailableError
 from outbox_relay.message import Delivered, Outcome, Record, Released, Retry, Scope
 from outbox_relay.relay import Claim
 from outbox_relay.retry import Backoff
@@ -135,6 +136,7 @@ class MemoryBroker:
     topics: set[str] = field(default_factory=lambda: {"t"})
     written: list[Record] = field(default_factory=list)
     too_large_bytes: int = 1_000_000
+    reachable: bool = True
 
 
 class MemoryPublisher:
@@ -149,23 +151,35 @@ class MemoryPublisher:
         return self._ready
 
     async def connect(self) -> None:
-        self._ready = True
+        self._ready = self._broker.reachable
+        if not self._ready:
+            raise PublisherUnavailableError("out of reach")
 
     async def publish(self, records: Sequence[Record], is_ours: Callable[[], bool]) -> list[Outcome]:
-        halted: set[object] = set()
-        outcomes: list[Outcome] = []
-        for each in records:
-            if not is_ours() or line(each) in halted:
-                outcomes.append(Released(each))
-            elif each.topic not in self._broker.topics:
-                outcomes.append(Retry(each, Scope.TOPIC, "UnknownTopicOrPartitionError", "no such topic"))
-            elif len(each.value or b"") > self._broker.too_large_bytes:
-                outcomes.append(Retry(each, Scope.ROW, "MessageSizeTooLargeError", "too large"))
-                halted.add(line(each))
-            else:
-                self._broker.written.append(each)
-                outcomes.append(Delivered(each))
+        try:
+            outcomes = []
+            halted: set[object] = set()
+            for each in records:
+                outcome = self._send(each) if self.ready and line(each) not in halted and is_ours() else Released(each)
+                if not isinstance(outcome, Delivered):
+                    halted.add(line(each))
+                outcomes.append(outcome)
+                await asyncio.sleep(0)  # as a real one waits here
+        except BaseException:
+            self._ready = False
+            raise
         return outcomes
+
+    def _send(self, each: Record) -> Outcome:
+        if not self._broker.reachable:
+            self._ready = False
+            return Released(each)
+        if each.topic not in self._broker.topics:
+            return Retry(each, Scope.TOPIC, "UnknownTopicOrPartitionError", "no such topic")
+        if len(each.value or b"") > self._broker.too_large_bytes:
+            return Retry(each, Scope.ROW, "MessageSizeTooLargeError", "too large")
+        self._broker.written.append(each)
+        return Delivered(each)
 
     async def close(self) -> None:
         self._ready = False
