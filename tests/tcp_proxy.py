@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from dataclasses import dataclass, field
 
 _CHUNK_BYTES = 65_536
@@ -15,6 +16,8 @@ class TcpProxy:
 
     host: str
     port: int  #: of the server
+    #: A connection on which the server has said more stands still for good.
+    most_bytes_of_answers: float = math.inf
     #: How often something had to wait because it stands still.
     held_up: int = 0
     _own_port: int = 0
@@ -70,8 +73,8 @@ class TcpProxy:
         await self._may_pass()
         server_reader, server_writer = await asyncio.open_connection(self.host, self.port)
         pumps = [
-            asyncio.ensure_future(self._pump(reader, server_writer)),
-            asyncio.ensure_future(self._pump(server_reader, writer)),
+            asyncio.ensure_future(self._pump(reader, server_writer, math.inf)),
+            asyncio.ensure_future(self._pump(server_reader, writer, self.most_bytes_of_answers)),
         ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -81,8 +84,13 @@ class TcpProxy:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most_bytes: float) -> None:
+        passed = 0
         while chunk := await reader.read(_CHUNK_BYTES):
+            passed += len(chunk)
+            if passed > most_bytes:
+                self.held_up += 1
+                await asyncio.Event().wait()
             await self._may_pass()
             writer.write(chunk)
             await writer.drain()

@@ -37,12 +37,14 @@ class Session:
         self._database = database
         # The server has the deadlines too: one that only the client has leaves a backend behind that waits on for a
         # lock, and one more with each new try. In one message with BEGIN, since a pooler in between may forget the
-        # session's settings; READ COMMITTED, since each statement is to see what was committed before it.
+        # session's settings; READ COMMITTED, since each statement is to see what was committed before it. Neither ends
+        # a backend that is sending rows to a host that is lost or frozen, locks in hand; tcp_user_timeout does.
         timeout_ms = int(database.statement_timeout_seconds * 1000)
         self._begin = (
             "BEGIN ISOLATION LEVEL READ COMMITTED;"
             f"SET LOCAL statement_timeout = {timeout_ms};"
-            f"SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}"
+            f"SET LOCAL idle_in_transaction_session_timeout = {timeout_ms};"
+            f"SET LOCAL tcp_user_timeout = {timeout_ms}"
         )
         self._application_name = application_name
         self._connection: asyncpg.Connection | None = None
@@ -105,7 +107,7 @@ class Session:
             self._connection = None
 
     async def close(self) -> None:
-        """Say goodbye; bounded by the statement timeout."""
+        """Say goodbye; bounded by the connect timeout."""
         connection, self._connection = self._connection, None
         if connection is not None:
             try:

@@ -5,9 +5,10 @@ Relays announce themselves in ``outbox_relay`` and renew their row with each hea
 are taken, up to a fair share; what a relay has above its share it lets go once its claim there is settled.
 
 An owner is dead when its lease ran out, or, if it is connected directly, when the advisory lock that its session
-held is gone: PostgreSQL drops that with the connection, so a killed relay is replaced at the next heartbeat.
-The lock only saves waiting. What keeps two relays apart is the slot's ``epoch``, which every claim checks under lock
-(see ``polling.py``), so nothing here has to be timely for order to hold.
+held is gone and it wasn't heard of for two heartbeats since. PostgreSQL drops the lock with the connection, so a
+killed relay is replaced long before its lease runs out, while one that only lost its connection, as all do when
+PostgreSQL is restarted, keeps its slots. The lock only saves waiting. What keeps two relays apart is the slot's
+``epoch``, which every claim checks under lock (see ``polling.py``), so nothing here has to be timely for order to hold.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import contextlib
 import time
 from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass
+from datetime import datetime
 
 from outbox_relay.errors import SourceUnavailableError
 from outbox_relay.source.session import Session
@@ -25,9 +27,18 @@ from outbox_relay.telemetry import Telemetry
 # The class of the advisory lock is the oid of this very table, so that a stranger's number doesn't meet it.
 _LOCK_CLASS = "'outbox_relay'::regclass::oid::bigint::bit(32)::integer"
 
+#: A living relay that lost its connection has its lock again after one heartbeat, or a little more.
+_MISSED_HEARTBEATS = 2
+
+# $3 is who this relay was before its row was lost: slots that nobody has taken since are still its own.
 REGISTER = """
 -- register
-INSERT INTO outbox_relay (name, lease_seconds, ready, direct) VALUES ($1, $2, false, false) RETURNING relay_id
+WITH me AS (
+    INSERT INTO outbox_relay (name, lease_seconds, ready, direct) VALUES ($1, $2, false, false) RETURNING relay_id
+), kept AS (
+    UPDATE outbox_slot SET owner = me.relay_id FROM me WHERE owner = $3
+)
+SELECT relay_id FROM me
 """
 
 # Behind a pooler the process id that the connection was told isn't the backend's: no lock, for it would be
@@ -39,28 +50,34 @@ SELECT CASE WHEN pg_backend_pid() = $2
             ELSE false END AS direct
 """
 
-# $1 is the asking relay, which is alive by asking.
-_ALIVE = """
-    SELECT r.relay_id, r.ready
+# $1 is the asking relay, which is alive by asking. {missed} and {renewed_at} are those whose lock has been missed for
+# long enough, with when they were heard of last.
+_ALIVE = """peers AS MATERIALIZED (
+    SELECT r.relay_id, r.ready, r.renewed_at, r.direct AND NOT EXISTS (
+        SELECT FROM pg_locks l
+        WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
+          AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+          AND l.classid = 'outbox_relay'::regclass::oid
+          AND l.objid::bigint = r.relay_id & 2147483647
+    ) AS unlocked
     FROM outbox_relay r
-    WHERE r.relay_id <> $1
-      AND r.renewed_at > now() - make_interval(secs => r.lease_seconds)
-      AND (NOT r.direct OR EXISTS (
-          SELECT FROM pg_locks l
-          WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
-            AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-            AND l.classid = 'outbox_relay'::regclass::oid
-            AND l.objid::bigint = r.relay_id & 2147483647
-      ))
-"""
+    WHERE r.relay_id <> $1 AND r.renewed_at > now() - make_interval(secs => r.lease_seconds)
+), alive AS MATERIALIZED (
+    SELECT p.relay_id, p.ready FROM peers p
+    WHERE NOT p.unlocked OR (p.relay_id, p.renewed_at) NOT IN (
+        SELECT m.relay_id, m.renewed_at FROM unnest({missed}::bigint[], {renewed_at}::timestamptz[])
+            AS m (relay_id, renewed_at))
+)"""
 
 HEARTBEAT = f"""
 -- heartbeat
 WITH renewed AS (
     UPDATE outbox_relay SET renewed_at = now(), ready = $2, direct = $3 WHERE relay_id = $1 RETURNING relay_id
-), alive AS MATERIALIZED ({_ALIVE})
+), {_ALIVE.format(missed="$4", renewed_at="$5")}
 SELECT EXISTS (SELECT FROM renewed) AS registered,
        ARRAY(SELECT a.relay_id FROM alive a WHERE a.ready) AS ready_peers,
+       ARRAY(SELECT p.relay_id FROM peers p WHERE p.unlocked ORDER BY p.relay_id) AS unlocked_peers,
+       ARRAY(SELECT p.renewed_at FROM peers p WHERE p.unlocked ORDER BY p.relay_id) AS unlocked_renewed_at,
        ARRAY(SELECT s.slot FROM outbox_slot s WHERE s.owner = $1 ORDER BY s.slot) AS owned,
        ARRAY(SELECT s.epoch FROM outbox_slot s WHERE s.owner = $1 ORDER BY s.slot) AS epochs,
        ARRAY(SELECT s.slot FROM outbox_slot s
@@ -71,7 +88,7 @@ SELECT EXISTS (SELECT FROM renewed) AS registered,
 
 TAKE = f"""
 -- take
-WITH alive AS MATERIALIZED ({_ALIVE})
+WITH {_ALIVE.format(missed="$4", renewed_at="$5")}
 UPDATE outbox_slot SET owner = $1, epoch = epoch + 1, taken_at = now()
 WHERE slot = ANY (ARRAY(
     SELECT s.slot FROM outbox_slot s
@@ -134,10 +151,13 @@ class Slots:
         self._lease_seconds = lease_seconds
         self._heartbeat_seconds = heartbeat_seconds
         self._relay_id: int | None = None
+        self._former_id: int | None = None
         self._direct = False
         self._releases = 0
         self._owned: dict[int, _Owned] = {}
         self._surplus: set[int] = set()
+        # Peers whose lock is missed, by id and when they were heard of last.
+        self._unlocked_since: dict[tuple[int, datetime], float] = {}
         self._ready = [False] * lanes
         self._valid_until = 0.0
         self._nudge = asyncio.Event()
@@ -203,6 +223,8 @@ class Slots:
                 self._telemetry.database_available(self)
             except SourceUnavailableError as error:
                 self._telemetry.database_unavailable(error, self)
+                # Who loses the database with us gets as long as we do to come back.
+                self._unlocked_since.clear()
             try:
                 async with asyncio.timeout(self._heartbeat_seconds):
                     await self._nudge.wait()
@@ -215,13 +237,17 @@ class Slots:
         ready = all(self._ready)
         asked_at = time.monotonic()
         releases = self._releases
-        (row,) = await self._session.fetch(HEARTBEAT, relay_id, ready, self._direct)
+        missed_since = asked_at - _MISSED_HEARTBEATS * self._heartbeat_seconds
+        missed = [peer for peer, since in self._unlocked_since.items() if since <= missed_since]
+        gone = [relay_id for relay_id, _ in missed], [renewed_at for _, renewed_at in missed]
+        (row,) = await self._session.fetch(HEARTBEAT, relay_id, ready, self._direct, *gone)
         if not row["registered"]:
-            self.lost(list(self._owned), "this relay's row in outbox_relay is gone")
-            self._relay_id = None
+            self._former_id, self._relay_id = relay_id, None
             self._nudge.set()
             return
         self._valid_until = asked_at + self._lease_seconds
+        unlocked = zip(row["unlocked_peers"], row["unlocked_renewed_at"], strict=True)
+        self._unlocked_since = {peer: self._unlocked_since.get(peer, asked_at) for peer in unlocked}
         # What was read before a release that has happened meanwhile must not bring the slot back.
         self._adopt(dict(zip(row["owned"], row["epochs"], strict=True)), new=releases == self._releases)
         if not ready:
@@ -230,7 +256,7 @@ class Slots:
         self._surplus = set(sorted(self._owned)[share:])
         wanted = share - len(self._owned)
         if wanted > 0 and row["free"]:
-            taken = await self._session.fetch(TAKE, relay_id, row["free"], wanted)
+            taken = await self._session.fetch(TAKE, relay_id, row["free"], wanted, *gone)
             self._adopt(self._epochs() | {slot["slot"]: slot["epoch"] for slot in taken}, new=True)
             if taken:
                 self._telemetry.slots_taken([slot["slot"] for slot in taken], len(self._owned))
@@ -246,7 +272,7 @@ class Slots:
         connection = await self._session.connection()
         relay_id = self._relay_id
         if relay_id is None:
-            (row,) = await self._session.fetch(REGISTER, self._name, self._lease_seconds)
+            (row,) = await self._session.fetch(REGISTER, self._name, self._lease_seconds, self._former_id)
             relay_id = row["relay_id"]
             await self._session.fetch(FORGET, relay_id)
         (row,) = await self._session.fetch(LOCK, relay_id, connection.get_server_pid())
