@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 
 import asyncpg
 import click
 
 from outbox_relay import __version__, config, daemon, logs, schema
+from outbox_relay.adoption import adoption_sql
 from outbox_relay.errors import ConfigError, OutboxRelayError
 
 #: sysexits.h: the configuration is at fault (EX_CONFIG), or a service isn't there (EX_UNAVAILABLE).
@@ -41,6 +42,15 @@ def run(path: Path, once: bool) -> None:
 
 
 @main.command()
+@click.option("--config", "path", type=click.Path(path_type=Path), required=True, help="The TOML file.")
+def validate(path: Path) -> None:
+    """Say every mistake in a configuration file; connects to nothing."""
+    with _failing_clearly():
+        config.load(path)
+    click.echo(f"{path}: no mistakes")
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout; all else goes to stderr.")
 def demo(as_json: bool) -> None:
     """Watch orders reach Kafka on real servers although the relay is killed; exit 1 if anything went wrong."""
@@ -65,9 +75,10 @@ def schema_group() -> None:
 
 
 @schema_group.command("print")
-def schema_print() -> None:
+@click.option("--roles", is_flag=True, help="Instead, the roles that the relay and the applications need.")
+def schema_print(roles: bool) -> None:
     """Print the SQL."""
-    click.echo(schema.read_sql(), nl=False)
+    click.echo(schema.read_roles_sql() if roles else schema.read_sql(), nl=False)
 
 
 @schema_group.command("apply")
@@ -77,15 +88,27 @@ def schema_apply(path: Path | None, database_url: str | None) -> None:
     """Create the tables, or upgrade them to this release."""
     with _failing_clearly():
         if path is not None:
-            database_url = config.load(path).database.url
-        if database_url is None:
+            connect = daemon.database_of(config.load(path)).connect_to_schema("outbox-relay schema")
+        elif database_url is not None:
+            connect = asyncpg.connect(database_url, timeout=10)
+        else:
             raise ConfigError(["give --config or --database-url: which database is meant?"])
-        applied = asyncio.run(_apply(database_url))
+        applied = asyncio.run(_apply(connect))
     click.echo(applied)
 
 
-async def _apply(url: str) -> schema.Applied:
-    connection = await asyncpg.connect(url, timeout=10)
+@schema_group.command("adopt")
+@click.option("--config", "path", type=click.Path(path_type=Path), required=True, help="The TOML file with [table].")
+@click.option("--order-by", metavar="COLUMN", help="What has the order of the rows that are in the table already.")
+def schema_adopt(path: Path, order_by: str | None) -> None:
+    """Print the SQL that makes an existing table, as [table] names it, an outbox; nothing is changed."""
+    with _failing_clearly():
+        table = daemon.table_of(config.load(path))
+    click.echo(adoption_sql(table, order_by), nl=False)
+
+
+async def _apply(connect: Awaitable[asyncpg.Connection]) -> schema.Applied:
+    connection = await connect
     try:
         return await schema.apply(connection)
     finally:

@@ -1,32 +1,87 @@
 """The configuration: one frozen, strict type for each TOML table. ``config.example.toml`` shows every default.
 
-No text becomes a number, and the other way round. No message about a mistake holds a value of the file, for that may
-be a password.
+No text becomes a number, and the other way round. What is said of a mistake never holds a value of the file that may
+be a secret.
 """
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import os
 import re
 import socket
-import tomllib
-from collections.abc import Iterator
-from importlib import util
+from collections.abc import Callable, Mapping
+from importlib import import_module, util
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import parse_qs, unquote, urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-from outbox_relay.errors import ConfigError
+from outbox_relay import config_file
+from outbox_relay.tls import Tls
 
 # PostgreSQL counts in whole milliseconds, and takes 0 for no timeout at all.
 Seconds = Annotated[float, Field(ge=0.001, le=86_400, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
 
 _PORT = r"(:[0-9]{1,5})?"
 _HOST_AND_PORT = re.compile(rf"(\[[0-9A-Fa-f:.%]+\]|[^\s:/@,\[\]]+){_PORT}")
+_TOPIC_OR_PREFIX = re.compile(r"[a-zA-Z0-9._-]{1,249}\*?|\*")
+_LOCAL_NAMES = ("localhost", "localhost.localdomain")
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+# -- paths and secrets
+
+
+def _path(value: str, info: ValidationInfo) -> Path:
+    path = Path(value).expanduser()
+    directory = (info.context or {}).get("directory")
+    return directory / path if directory is not None else path
+
+
+def _readable(value: str, info: ValidationInfo) -> Path:
+    path = _path(value, info)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror or error}") from None
+    return path
+
+
+#: A file that is there; a relative path begins where the configuration file is.
+File = Annotated[Annotated[str, Field(min_length=1)] | None, AfterValidator(lambda v, i: v and _readable(v, i))]
+
+
+class Secret(_Table):
+    """Where a secret is kept, ``{ env = "NAME" }`` or ``{ file = "/path" }``; it can't be printed with this."""
+
+    shape: ClassVar[str] = '{ env = "NAME" } or { file = "/path" }'
+
+    env: Text | None = None
+    file: File = None
+
+    @model_validator(mode="after")
+    def _is_there(self) -> Secret:
+        if (self.env is None) == (self.file is None):
+            raise ValueError(f"must be {self.shape}, one of them")
+        if self.env is not None and self.env not in os.environ:
+            raise ValueError(f"the environment variable {self.env} isn't set")
+        return self
+
+    def read(self) -> str:
+        """As it is now, for it may have been rotated; of a file without the line's end. Raises OSError."""
+        if self.file is not None:
+            return Path(self.file).read_text("utf-8").removesuffix("\n").removesuffix("\r")
+        return os.environ[self.env or ""]
+
+
+# -- checks
 
 
 def _at_least(lower: str, times: int = 1) -> AfterValidator:
@@ -45,8 +100,7 @@ def _at_least(lower: str, times: int = 1) -> AfterValidator:
 def _postgresql_url(url: str) -> str:
     # Checked here, since what asyncpg says of a url that it can't read may hold a part of the password.
     problem = ValueError(
-        "must be postgresql://user:password@host:port/database,"
-        " with any of / ? # @ : % in the user or password percent-encoded"
+        "must be postgresql://user@host:port/database, with any of / ? # @ : % in the user percent-encoded"
     )
     try:
         parts = urlsplit(url)
@@ -60,7 +114,49 @@ def _postgresql_url(url: str) -> str:
     )
     if parts.scheme not in ("postgresql", "postgres") or not sound:
         raise problem
+    for key in parse_qs(parts.query, keep_blank_values=True):
+        if advice := _ELSEWHERE.get("ssl" if key.startswith("ssl") else key):
+            raise ValueError(f"{key} has no place in the url: {advice}")
+    if at and ":" in before and not all(map(is_local, url_hosts(url))):
+        raise ValueError('holds a password: take it out, and set password = { env = "NAME" } or { file = "/path" }')
     return url
+
+
+#: What a url may not say, since it is said elsewhere.
+_ELSEWHERE = {
+    "ssl": "set tls and the tls_… keys instead",
+    "password": 'set password = { env = "NAME" } or { file = "/path" } instead',
+    "passfile": 'set password = { file = "/path" } instead',
+    "service": "name the host, the user and the database",
+    "target_session_attrs": "of several hosts the relay takes one that can be written to, whatever is set",
+}
+
+
+def url_hosts(url: str) -> list[str]:
+    """The hosts of a PostgreSQL url, without ports; a Unix socket is a path, or nothing at all."""
+    parts = urlsplit(url)
+    named = parts.netloc.rpartition("@")[2] or ",".join(parse_qs(parts.query).get("host", []))
+    named = unquote(named) or os.environ.get("PGHOST", "")
+    return [host_of(address) for address in named.split(",") if address]
+
+
+def host_of(address: str) -> str:
+    """``host:port`` without the port, and an IPv6 address without its brackets."""
+    if address.startswith("/"):
+        return address
+    if address.startswith("["):
+        return address[1:].partition("]")[0]
+    return address.partition(":")[0]
+
+
+def is_local(host: str) -> bool:
+    """Whether what is sent there stays on this machine."""
+    if host.startswith("/") or host.lower() in _LOCAL_NAMES:
+        return True
+    try:
+        return ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
 
 
 def _host_and_port(address: str) -> str:
@@ -75,35 +171,240 @@ def _installed(compression: str) -> str:
     return compression
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+def _topic_or_prefix(name: str) -> str:
+    if not _TOPIC_OR_PREFIX.fullmatch(name):
+        raise ValueError("must be the name of a topic, or the beginning of names and then *")
+    return name
+
+
+def _provider(name: str | None) -> str | None:
+    if name is not None:
+        load_provider(name)
+    return name
+
+
+def load_provider(name: str) -> Callable[[], Any]:
+    """The function that ``package.module:function`` names. Raises ValueError."""
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ValueError("must be package.module:function")
+    try:
+        provider = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"can't be imported: {error}") from None
+    if not callable(provider):
+        raise ValueError(f"{name} is no function")  # noqa: TRY004 (pydantic takes a TypeError for a defect)
+    found: Callable[[], Any] = provider
+    return found
+
+
+def _template(topic: str) -> str:
+    # Doubled braces stand for themselves, as in Python.
+    if not re.fullmatch(r"([^{}]|\{\{|\}\}|\{[^{}]+\})+", topic) or "{" not in topic:
+        raise ValueError('must have a column in braces, as "{topic}" or "outbox.event.{aggregatetype}"')
+    return topic
+
+
+# Fields that contradict one another: the later one in the table is at fault. What is itself at fault is missing from
+# ``info.data``, and then nothing is said here.
+
+
+def _needs(is_met: Callable[[Mapping[str, Any]], bool], what: str) -> AfterValidator:
+    """Given only where something else is."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        with contextlib.suppress(KeyError):
+            if value is not None and not is_met(info.data):
+                raise ValueError(f"has no effect without {what}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _required(if_: Callable[[Mapping[str, Any]], bool], for_what: str) -> AfterValidator:
+    """Not to be left out where something else is given."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        with contextlib.suppress(KeyError):
+            if value is None and if_(info.data):
+                raise ValueError(f"missing, and {for_what} needs it")
+        return value
+
+    return AfterValidator(check)
+
+
+def _permits(danger: str, hosts: Callable[[Mapping[str, Any]], list[str]]) -> AfterValidator:
+    """True where what ``danger`` names would be done to hosts that aren't this machine."""
+
+    def check(value: bool, info: ValidationInfo) -> bool:
+        with contextlib.suppress(KeyError):
+            remote = [host for host in hosts(info.data) if not is_local(host)]
+            if remote and not value:
+                raise ValueError(f"must be true for {danger}, and {remote[0]} isn't this machine")
+        return value
+
+    return AfterValidator(check)
+
+
+def _tls(data: Mapping[str, Any]) -> Tls:
+    password: Secret | None = data["tls_key_password"]
+    return Tls(
+        data["tls_ca_file"],
+        data["tls_cert_file"],
+        data["tls_key_file"],
+        password.read if password is not None else None,
+        verify=not data["dangerously_skip_server_verification"],
+    )
+
+
+def _sound_tls(value: bool, info: ValidationInfo) -> bool:
+    """Whether the files, all of which stand before this field, make a context."""
+    with contextlib.suppress(KeyError):
+        try:
+            _tls({**info.data, "dangerously_skip_server_verification": value}).context()
+        except OSError as error:
+            raise ValueError(f"the tls files don't work: {error}") from None
+    return value
+
+
+# -- the tables
+
+
+def _database_uses_tls(data: Mapping[str, Any]) -> bool:
+    return data["tls"] == "verify-full" or (
+        data["tls"] == "auto" and not all(is_local(host) for host in url_hosts(data["url"]))
+    )
+
+
+def _kafka_uses_tls(data: Mapping[str, Any]) -> bool:
+    return data["security_protocol"] in ("SSL", "SASL_SSL")
+
+
+def _kafka_hosts(data: Mapping[str, Any]) -> list[str]:
+    return [host_of(address) for address in data["bootstrap_servers"]]
+
+
+def _with_mechanism(*mechanisms: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda data: data["sasl_mechanism"] in mechanisms
+
+
+_WITH_PASSWORD = ("SCRAM-SHA-256", "SCRAM-SHA-512", "PLAIN")
+_SASL_NEEDED = 'security_protocol = "SASL_SSL"'
+_DATABASE_TLS = _needs(_database_uses_tls, 'tls = "verify-full"')
+_KAFKA_TLS = _needs(_kafka_uses_tls, 'security_protocol = "SSL" or "SASL_SSL"')
+_CERTIFICATE = _needs(lambda data: data["tls_cert_file"] is not None, "tls_cert_file")
 
 
 class DatabaseConfig(_Table):
     """``[database]``"""
 
     url: Annotated[str, AfterValidator(_postgresql_url)]
+    password: Secret | None = None
     connect_timeout_seconds: Seconds = 10.0
     statement_timeout_seconds: Seconds = 30.0
+    tls: Literal["auto", "verify-full", "disable"] = "auto"
+    tls_ca_file: Annotated[File, _DATABASE_TLS] = None
+    tls_cert_file: Annotated[File, _DATABASE_TLS] = None
+    tls_key_file: Annotated[File, _CERTIFICATE] = None
+    tls_key_password: Annotated[Secret | None, _CERTIFICATE] = None
+    dangerously_allow_plaintext: Annotated[
+        bool,
+        _permits('tls = "disable"', lambda data: [] if _database_uses_tls(data) else url_hosts(data["url"])),
+    ] = False
+    dangerously_skip_server_verification: Annotated[bool, AfterValidator(_sound_tls)] = False
+
+    def tls_settings(self) -> Tls | None:
+        """None where no TLS is to be used."""
+        return _tls(dict(self)) if _database_uses_tls(dict(self)) else None
 
 
 class KafkaConfig(_Table):
     """``[kafka]``"""
 
     bootstrap_servers: Annotated[list[Annotated[str, AfterValidator(_host_and_port)]], Field(min_length=1)]
-    client_id: Annotated[str, Field(min_length=1)] = "outbox-relay"
+    client_id: Text = "outbox-relay"
+    allowed_topics: Annotated[list[Annotated[str, AfterValidator(_topic_or_prefix)]] | None, Field(min_length=1)] = None
     compression: Annotated[Literal["none", "gzip", "snappy", "lz4", "zstd"], AfterValidator(_installed)] = "none"
     batch_bytes: Annotated[int, Field(ge=1024, le=100_000_000)] = 524_288
     connect_timeout_seconds: Seconds = 10.0
     request_timeout_seconds: Seconds = 20.0
     publish_warn_seconds: Seconds = 5.0
     publish_deadline_seconds: Annotated[Seconds, _at_least("publish_warn_seconds")] = 60.0
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    tls_ca_file: Annotated[File, _KAFKA_TLS] = None
+    tls_cert_file: Annotated[File, _KAFKA_TLS] = None
+    tls_key_file: Annotated[File, _CERTIFICATE] = None
+    tls_key_password: Annotated[Secret | None, _CERTIFICATE] = None
+    sasl_mechanism: Annotated[
+        Literal["SCRAM-SHA-256", "SCRAM-SHA-512", "PLAIN", "OAUTHBEARER"] | None,
+        _needs(lambda data: data["security_protocol"].startswith("SASL"), _SASL_NEEDED),
+        _required(lambda data: data["security_protocol"].startswith("SASL"), "security_protocol"),
+        AfterValidator(lambda value, info: _plain_under_tls(value, info)),
+    ] = None
+    sasl_username: Annotated[
+        str | None,
+        _needs(_with_mechanism(*_WITH_PASSWORD), "sasl_mechanism = SCRAM-SHA-256, SCRAM-SHA-512 or PLAIN"),
+        _required(_with_mechanism(*_WITH_PASSWORD), "sasl_mechanism"),
+    ] = None
+    sasl_password: Annotated[
+        Secret | None,
+        _needs(_with_mechanism(*_WITH_PASSWORD), "sasl_mechanism = SCRAM-SHA-256, SCRAM-SHA-512 or PLAIN"),
+        _required(_with_mechanism(*_WITH_PASSWORD), "sasl_mechanism"),
+    ] = None
+    sasl_token_provider: Annotated[
+        str | None,
+        _needs(_with_mechanism("OAUTHBEARER"), "sasl_mechanism = OAUTHBEARER"),
+        _required(_with_mechanism("OAUTHBEARER"), "sasl_mechanism"),
+        AfterValidator(_provider),
+    ] = None
+    dangerously_allow_plaintext: Annotated[
+        bool,
+        _permits(
+            'security_protocol = "PLAINTEXT" or "SASL_PLAINTEXT"',
+            lambda data: [] if _kafka_uses_tls(data) else _kafka_hosts(data),
+        ),
+    ] = False
+    dangerously_skip_server_verification: Annotated[bool, AfterValidator(_sound_tls)] = False
+
+    def tls_settings(self) -> Tls | None:
+        """None where no TLS is to be used."""
+        return _tls(dict(self)) if _kafka_uses_tls(dict(self)) else None
+
+
+def _plain_under_tls(mechanism: str | None, info: ValidationInfo) -> str | None:
+    if mechanism == "PLAIN" and info.data.get("security_protocol") == "SASL_PLAINTEXT":
+        raise ValueError('PLAIN shows the password to the network: set security_protocol = "SASL_SSL", or use SCRAM')
+    return mechanism
+
+
+class ColumnsConfig(_Table):
+    """``[table.columns]``: what the table's columns are called; an empty name: the table has none such."""
+
+    id: Text = "id"
+    event_id: Text = "event_id"
+    key: Text = "key"
+    type: str = "type"
+    payload: Text = "payload"
+    headers: str = "headers"
+    created_at: str = "created_at"
+    sent_at: Text = "sent_at"
+    bucket: Text = "bucket"
+
+
+class TableConfig(_Table):
+    """``[table]``"""
+
+    # pydantic has something of its own that is called schema.
+    schema_: Annotated[str, Field(alias="schema")] = ""
+    name: Text = "outbox"
+    topic: Annotated[str, AfterValidator(_template)] = "{topic}"
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
 
 
 class RelayConfig(_Table):
     """``[relay]``"""
 
-    name: Annotated[str, Field(min_length=1)] = Field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
+    name: Text = Field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
     batch_rows: Annotated[int, Field(ge=1, le=100_000)] = 2_000
     claims_in_flight: Annotated[int, Field(ge=1, le=16)] = 2
     poll_floor_seconds: Seconds = 0.01
@@ -127,70 +428,14 @@ class Config(_Table):
 
     database: DatabaseConfig
     kafka: KafkaConfig
+    table: TableConfig = Field(default_factory=TableConfig)
     relay: RelayConfig = Field(default_factory=RelayConfig)
     log: LogConfig = Field(default_factory=LogConfig)
-
-
-TABLES: dict[str, type[_Table]] = {
-    "database": DatabaseConfig,
-    "kafka": KafkaConfig,
-    "relay": RelayConfig,
-    "log": LogConfig,
-}
 
 
 def load(path: Path) -> Config:
     """Read a configuration file.
 
-    Raises :class:`ConfigError` with one line for each mistake: ``file: table.key: what was expected``.
+    Raises :class:`ConfigError` with one line for each mistake: ``file:line: table.key: what was expected``.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError([f"{path}: {error.strerror or error}"]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: must be UTF-8, and byte {error.start} isn't"]) from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError([f"{path}: not TOML: {error}"]) from error
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        mistakes = error.errors(include_input=False, include_url=False)
-        # From None, for pydantic's own message holds the values.
-        raise ConfigError([f"{path}: {line}" for mistake in mistakes for line in _lines(mistake)]) from None
-
-
-def _lines(mistake: ErrorDetails) -> Iterator[str]:
-    """``table.key: what was expected``; more than one for a table that is missing."""
-    table, *keys = (str(part) for part in mistake["loc"])
-    where = ".".join([table, *keys[:1]]) + "".join(f"[{index}]" for index in keys[1:])
-    if mistake["type"] == "missing" and not keys:
-        for key, field in TABLES[table].model_fields.items():
-            if field.is_required():
-                yield f"{table}.{key}: missing, and there is no default"
-    elif mistake["type"] == "missing":
-        yield f"{where}: missing, and there is no default"
-    elif mistake["type"] == "extra_forbidden":
-        yield f"{where}: unknown {_advice(table, *keys)}"
-    elif mistake["type"] == "model_type":
-        yield f"{where}: must be a table, [{table}]"
-    else:
-        yield f"{where}: {re.sub('^(Value error, |[A-Z][a-z]+ should )', _must, mistake['msg'])}"
-
-
-def _must(beginning: re.Match[str]) -> str:
-    return "must " if beginning[0].endswith("should ") else ""
-
-
-def _advice(table: str, key: str | None = None) -> str:
-    """What may have been meant by an unknown table, or key of a known one."""
-    if key is None:
-        known, what = list(TABLES), "table or key"
-        homes = [name for name, type_ in TABLES.items() if table in type_.model_fields]
-    else:
-        known, what = list(TABLES[table].model_fields), "key"
-        homes = [name for name, type_ in TABLES.items() if key in type_.model_fields]
-    if homes:
-        return f"{what}; it belongs into [{homes[0]}]"
-    nearest = difflib.get_close_matches(key or table, known, n=1)
-    return f"{what}; did you mean {nearest[0]}?" if nearest else f"{what}; known are {', '.join(known)}"
+    return config_file.load(path, Config)

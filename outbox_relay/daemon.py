@@ -16,14 +16,16 @@ from typing import Any
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
 from outbox_relay import __version__, schema
-from outbox_relay.config import Config
+from outbox_relay.config import Config, load_provider
 from outbox_relay.errors import SchemaError, SourceUnavailableError
+from outbox_relay.kafka_security import KafkaSecurity
 from outbox_relay.publisher import KafkaPublisher
 from outbox_relay.relay import Poll, Relay
 from outbox_relay.retry import Backoff
 from outbox_relay.source.polling import PollingSource
 from outbox_relay.source.session import Database, Session
 from outbox_relay.source.slots import Slots
+from outbox_relay.source.statements import OutboxTable
 from outbox_relay.telemetry import Telemetry
 
 EXIT_OK = 0
@@ -57,12 +59,39 @@ async def run(config: Config, *, once: bool = False) -> int:
     return code
 
 
-async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once: bool) -> int:
-    database = Database(
-        config.database.url,
-        config.database.connect_timeout_seconds,
-        config.database.statement_timeout_seconds,
+def database_of(config: Config) -> Database:
+    """The database that is meant, and how to connect to it."""
+    database = config.database
+    return Database(
+        database.url,
+        database.connect_timeout_seconds,
+        database.statement_timeout_seconds,
+        password=database.password.read if database.password is not None else None,
+        tls=database.tls_settings(),
+        schema=config.table.schema_,
     )
+
+
+def table_of(config: Config) -> OutboxTable:
+    """What the outbox table and its columns are called."""
+    return OutboxTable(config.table.name, config.table.topic, **config.table.columns.model_dump())
+
+
+def kafka_security_of(config: Config) -> KafkaSecurity:
+    """How to connect to Kafka."""
+    kafka = config.kafka
+    return KafkaSecurity(
+        kafka.security_protocol,
+        kafka.tls_settings(),
+        mechanism=kafka.sasl_mechanism,
+        username=kafka.sasl_username,
+        password=kafka.sasl_password.read if kafka.sasl_password is not None else None,
+        token=load_provider(kafka.sasl_token_provider) if kafka.sasl_token_provider is not None else None,
+    )
+
+
+async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once: bool) -> int:
+    database = database_of(config)
     heart = Session(database, f"outbox-relay {config.relay.name} heartbeat")
     verifying = asyncio.ensure_future(_verified_layout(heart, telemetry))
     if not await signals.first_or(verifying):
@@ -141,9 +170,9 @@ async def _verified_layout(session: Session, telemetry: Telemetry) -> schema.Lay
     """Wait for a database with a schema that this release can work with."""
 
     async def verify() -> schema.Layout:
-        connection = await session.connection()
-        with session.unavailable("read outbox_layout"):
-            return await schema.verify(connection)
+        async with session.transaction():
+            with session.unavailable("read outbox_layout"):
+                return await schema.verify(await session.connection())
 
     def report(state: RetryCallState) -> None:
         assert state.outcome is not None
@@ -178,6 +207,7 @@ def _source(
         layout_slots=layout.slots,
         batch_rows=config.relay.batch_rows,
         backoff=Backoff(config.relay.retry_first_seconds, config.relay.retry_ceiling_seconds),
+        table=table_of(config),
     )
 
 
@@ -193,6 +223,8 @@ def _publisher(config: Config, telemetry: Telemetry) -> KafkaPublisher:
         request_timeout_seconds=kafka.request_timeout_seconds,
         publish_warn_seconds=kafka.publish_warn_seconds,
         publish_deadline_seconds=kafka.publish_deadline_seconds,
+        security=kafka_security_of(config),
+        allowed_topics=kafka.allowed_topics,
     )
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from typing import Any
 
 from aiokafka import errors as kafka_errors
 
 from outbox_relay.errors import PublisherUnavailableError
+from outbox_relay.kafka_security import PLAINTEXT, KafkaSecurity
 from outbox_relay.message import Outcome, Record
 from outbox_relay.partitioner import Partition, partition_for
 from outbox_relay.producer import Producer
@@ -78,7 +80,8 @@ class KafkaPublisher:
 
     ``batch_bytes`` bounds a batch before compression, and must be below the topics' ``max.message.bytes``.
     ``metadata_max_age_seconds`` is how long it may take until a new partition is used. ``records_per_producer`` keeps
-    sequence numbers, of which a partition and producer have 2**31, from running out.
+    sequence numbers, of which a partition and producer have 2**31, from running out. ``allowed_topics`` are names, and
+    prefixes that end in ``*``; rows for others are refused without asking Kafka.
     """
 
     def __init__(
@@ -95,9 +98,12 @@ class KafkaPublisher:
         publish_deadline_seconds: float,
         metadata_max_age_seconds: float = 300.0,
         records_per_producer: int = 1_000_000_000,
+        security: KafkaSecurity = PLAINTEXT,
+        allowed_topics: Collection[str] | None = None,
     ) -> None:
-        self._settings = {
-            "bootstrap_servers": list(bootstrap_servers),
+        self._bootstrap_servers = list(bootstrap_servers)
+        self._settings: dict[str, Any] = {
+            "bootstrap_servers": self._bootstrap_servers,
             "client_id": client_id,
             "acks": "all",
             "enable_idempotence": True,
@@ -106,6 +112,8 @@ class KafkaPublisher:
             "request_timeout_ms": int(request_timeout_seconds * 1000),
             "metadata_max_age_ms": int(metadata_max_age_seconds * 1000),
         }
+        self._security = security
+        self._allowed_topics = allowed_topics
         self._telemetry = telemetry
         self._batch_bytes = batch_bytes
         self._connect_timeout_seconds = connect_timeout_seconds
@@ -122,7 +130,16 @@ class KafkaPublisher:
 
     async def connect(self) -> None:
         await self._abandon()
-        self._producer = await Producer.connect(self._settings, self._connect_timeout_seconds)
+        try:
+            settings = {**self._settings, **self._security.arguments()}
+            self._producer = await Producer.connect(settings, self._connect_timeout_seconds)
+        except OSError as error:
+            raise PublisherUnavailableError(f"connect to Kafka: {error}") from error
+        except PublisherUnavailableError as error:
+            problem = await self._security.refusal(self._bootstrap_servers)
+            if problem is None:
+                raise
+            raise PublisherUnavailableError(f"connect to Kafka: {problem}") from error
 
     async def publish(self, records: Sequence[Record], is_ours: Callable[[], bool]) -> list[Outcome]:
         publication = Publication(records, batch_bytes=self._batch_bytes, request_bytes=_REQUEST_BYTES)
@@ -144,7 +161,9 @@ class KafkaPublisher:
         """Find each record its partition; False when Kafka had to be asked for that and didn't answer."""
         assert self._producer is not None
         producer = self._producer
-        topics = publication.topics
+        topics = {topic for topic in publication.topics if self._is_allowed(topic)}
+        for topic in publication.topics - topics:
+            publication.refuse_topic(topic, "TopicNotAllowed", "add it to kafka.allowed_topics, if it is meant")
         if any(self._lacks_something(topic) for topic in topics) and not await producer.refresh():
             await self._abandon()
             return False
@@ -154,10 +173,16 @@ class KafkaPublisher:
                 self._refuse_topic(publication, topic, kafka_errors.UnknownTopicOrPartitionError())
         self._keyless_turn += 1
         for record in records:
-            if count := counts[record.topic]:
+            if count := counts.get(record.topic, 0):
                 number = self._keyless_turn % count if record.key is None else partition_for(record.key, count)
                 publication.add((record.topic, number), record)
         return True
+
+    def _is_allowed(self, topic: str) -> bool:
+        return self._allowed_topics is None or any(
+            topic.startswith(allowed[:-1]) if allowed.endswith("*") else topic == allowed
+            for allowed in self._allowed_topics
+        )
 
     def _lacks_something(self, topic: str) -> bool:
         """Whether the topic is missing or a partition has no leader, as far as is known."""

@@ -3,18 +3,13 @@
 One short transaction settles the last claim and makes the next; no transaction is open while Kafka is asked.
 
 Why order holds: the transaction first locks the rows of its slots and checks their epochs (``OWN``), so it is ordered
-with every hand-over. The *next* statement (``CLAIM``) therefore has a snapshot that contains whatever an earlier
+with every hand-over. The *next* statement (the claim) therefore has a snapshot that contains whatever an earlier
 owner marked. It reads each bucket from its lowest unsent row; where a row can't be locked, that row's key is cut from
 there on. So a claim holds a gapless prefix of every key in it. A row that turns up late, below ids that are sent
 already, is simply unsent and found; nothing here remembers a position.
 
 Why nothing is published that a crash takes back: the claim locked the rows, so it has a transaction id, and its
 COMMIT under ``synchronous_commit = on`` flushes, and replicates, everything that it saw.
-
-The claim relies on the index ``outbox_unsent (bucket, id) WHERE sent_at IS NULL`` and on the primary key. Statistics of
-a mostly empty outbox are stale when a burst comes, and a plan made before it is kept. So each statement is written such
-that it has one sensible plan whatever the statistics, and the planner is told to scan nothing else;
-``tests/acceptance/test_plans.py`` states what a row may cost.
 """
 
 from __future__ import annotations
@@ -22,136 +17,20 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Collection, Sequence
-from typing import TypeAlias
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import asyncpg
 
 from outbox_relay.errors import SourceUnavailableError
-from outbox_relay.message import Delivered, Header, Outcome, Record, Retry, Scope
+from outbox_relay.message import RESERVED_HEADERS, Delivered, Header, Outcome, Record, Retry, Scope
 from outbox_relay.relay import Claim
 from outbox_relay.retry import Backoff
 from outbox_relay.source.holds import Holds
 from outbox_relay.source.session import Session
 from outbox_relay.source.slots import Slots
+from outbox_relay.source.statements import OUTBOX, OWN, RELEASE, OutboxTable, Statements
 from outbox_relay.telemetry import Telemetry
-
-# The settings are the transaction's own, so they hold behind a transaction pooler too. A plan is made once, since
-# planning costs as much as a small claim and would find the same; and never compiled, which takes a second each claim.
-OWN = """
--- own
-WITH settings AS MATERIALIZED (
-    SELECT set_config('synchronous_commit',
-                      CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
-                      true),
-           set_config('enable_seqscan', 'off', true),
-           set_config('enable_bitmapscan', 'off', true),
-           set_config('plan_cache_mode', 'force_generic_plan', true),
-           set_config('jit', 'off', true)
-)
-SELECT s.slot
-FROM settings, outbox_slot s
-JOIN unnest($1::smallint[], $2::bigint[]) AS mine (slot, epoch) ON mine.slot = s.slot AND mine.epoch = s.epoch
-FOR NO KEY UPDATE OF s
-"""
-
-# Rows that a stranger has locked are left for later rather than waited for. num_nulls(…) = 1 is IS NULL in words from
-# which the planner can't conclude that outbox_unsent would do: without a bucket all of that index is searched for an
-# id, which looks cheap while it is small.
-SETTLE = """
--- settle
-UPDATE outbox SET sent_at = now()
-WHERE id = ANY (ARRAY(
-    SELECT o.id FROM outbox o WHERE o.id = ANY ($1::bigint[]) AND num_nulls(o.sent_at) = 1 FOR UPDATE SKIP LOCKED
-))
-RETURNING id
-"""
-
-UNSETTLED = """
--- unsettled
-SELECT o.id FROM outbox o WHERE o.id = ANY ($1::bigint[]) AND num_nulls(o.sent_at) = 1
-"""
-
-# The epoch grows here too: a slot and an epoch together name one ownership for good.
-RELEASE = """
--- release
-UPDATE outbox_slot SET owner = NULL, epoch = epoch + 1 WHERE slot = ANY ($1::smallint[])
-"""
-
-# A bucket's rows from one on, in order, without those that wait. A range of (bucket, id), since with `bucket = b` and
-# an order by id the planner walks the primary key instead. What waits is a hashed subquery; <> ALL (…) would compare
-# each row with each thing that waits.
-_UNSENT = """
-        SELECT o.id, o.bucket, o.topic, o.key
-        FROM outbox o
-        WHERE (o.bucket, o.id) {start}
-          AND (o.bucket, o.id) < ({bucket} + 1, -9223372036854775808)
-          AND o.sent_at IS NULL
-          AND o.id NOT IN (SELECT held.id FROM unnest($4::bigint[]) AS held (id))
-          AND o.topic NOT IN (SELECT held.topic FROM unnest($5::text[]) AS held (topic))
-          AND (o.key IS NULL OR (o.topic, o.key) NOT IN (
-                   SELECT held.topic, held.key FROM unnest($6::text[], $7::text[]) AS held (topic, key)))
-        ORDER BY o.bucket, o.id
-        LIMIT {limit}"""
-
-# The smallest bigint, since an application may choose its own ids.
-_FIRST = _UNSENT.format(start=">= (owned.bucket, -9223372036854775808)", bucket="owned.bucket", limit="$2")
-_NEXT = _UNSENT.format(start="> (deep.bucket, deep.last_id)", bucket="deep.bucket", limit="$3")
-
-# RFC 3339. Printed by PostgreSQL, whose calendar is longer than Python's: an infinite created_at, or one of the year
-# 10000, isn't worth stopping for, and arrives as PostgreSQL prints it.
-CREATED_AT = """
-           CASE WHEN o.created_at >= '0001-01-01 00:00Z' AND o.created_at < '10000-01-01 00:00Z'
-                THEN to_char(o.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
-                ELSE o.created_at::text END"""
-
-# Each bucket is read on its own, so that no backlog of a bucket that isn't ours is stepped over. Each gives its share
-# of the batch, so that none waits for another's backlog, and the room that is left goes to those that have more, the
-# one with the oldest rows first. So hardly more is read than is taken, however the backlog is spread. Locked in order
-# of id, since neighbours by id are neighbours on disk.
-# A candidate without a row beside it couldn't be locked, or was changed meanwhile: there its key is cut.
-CLAIM = f"""
--- claim
-WITH share AS MATERIALIZED (
-    SELECT c.id, c.bucket, c.topic, c.key
-    FROM unnest($1::smallint[]) AS owned (bucket)
-    CROSS JOIN LATERAL ({_FIRST}
-    ) AS c
-), room AS MATERIALIZED (
-    SELECT c.id, c.bucket, c.topic, c.key
-    FROM (SELECT s.bucket, max(s.id) AS last_id FROM share s
-          GROUP BY s.bucket HAVING count(*) = $2 ORDER BY last_id) AS deep
-    CROSS JOIN LATERAL ({_NEXT}
-    ) AS c
-    LIMIT greatest(0, $3 - (SELECT count(*) FROM share))
-)
-SELECT c.id, c.bucket, c.topic, c.key,
-       locked.event_id, locked.type, locked.payload, locked.headers, locked.created_at
-FROM (
-    SELECT s.id, s.bucket, s.topic, s.key FROM share s
-    UNION ALL
-    SELECT r.id, r.bucket, r.topic, r.key FROM room r
-    ORDER BY id
-    LIMIT $3
-) AS c
-LEFT JOIN LATERAL (
-    SELECT o.event_id::text, o.type, {{payload}} AS payload, o.headers::text, {CREATED_AT} AS created_at
-    FROM outbox o
-    WHERE o.bucket = c.bucket AND o.id = c.id AND o.sent_at IS NULL
-      AND o.topic = c.topic AND o.key IS NOT DISTINCT FROM c.key
-    FOR UPDATE SKIP LOCKED
-) AS locked ON true
-ORDER BY c.id
-"""
-
-# A payload goes through as PostgreSQL prints it, and is never decoded here.
-_PAYLOAD = {"bytea": "o.payload", "other": "convert_to(o.payload::text, 'UTF8')"}
-
-PAYLOAD_TYPE = """
--- payload type
-SELECT CASE WHEN a.atttypid = 'bytea'::regtype THEN 'bytea' ELSE 'other' END AS payload
-FROM pg_attribute a WHERE a.attrelid = 'outbox'::regclass AND a.attname = 'payload'
-"""
 
 # Another session's lock is usually gone soon, and looking again costs little.
 _LOCKED = Backoff(first_seconds=0.05, ceiling_seconds=1.0)
@@ -180,6 +59,7 @@ class PollingSource:
         layout_slots: int,
         batch_rows: int,
         backoff: Backoff,
+        table: OutboxTable = OUTBOX,
     ) -> None:
         self._session = session
         self._slots = slots
@@ -188,7 +68,8 @@ class PollingSource:
         self._layout_buckets = layout_buckets
         self._layout_slots = layout_slots
         self._batch_rows = batch_rows
-        self._statement: str | None = None
+        self._statements = Statements(table)
+        self._claim: str | None = None
         self._claimed: dict[int, Ownership] = {}  # by id, the claim that is out
         self._published: dict[int, Ownership] = {}  # by id, acknowledged by Kafka and not marked yet
         self._held_topics: Holds[str] = Holds(backoff)
@@ -280,10 +161,10 @@ class PollingSource:
         ids = [id_ for id_, (slot, epoch) in self._published.items() if epochs.get(slot) == epoch]
         if not ids:
             return set()
-        settled = {row["id"] for row in await self._session.fetch(SETTLE, ids)}
+        settled = {row["id"] for row in await self._session.fetch(self._statements.settle, ids)}
         missed = [id_ for id_ in ids if id_ not in settled]
         if missed:
-            locked = {row["id"] for row in await self._session.fetch(UNSETTLED, missed)}
+            locked = {row["id"] for row in await self._session.fetch(self._statements.unsettled, missed)}
             # Neither marked by us nor unsent: somebody deleted the row or marked it.
             settled.update(id_ for id_ in missed if id_ not in locked)
             if locked:
@@ -305,13 +186,13 @@ class PollingSource:
         buckets = [b for b in range(self._layout_buckets) if b % self._layout_slots in epochs]
         if not buckets:
             return []
-        if self._statement is None:
-            ((kind,),) = await self._session.fetch(PAYLOAD_TYPE)
-            self._statement = CLAIM.format(payload=_PAYLOAD[kind])
+        if self._claim is None:
+            ((kind,),) = await self._session.fetch(self._statements.payload_type)
+            self._claim = self._statements.claim[kind]
         held = {*self._held.active(), *self._locked.active()}
         keys = [line for line in held if isinstance(line, tuple)]
         return await self._session.fetch(
-            self._statement,
+            self._claim,
             buckets,
             max(1, self._batch_rows // len(buckets)),
             self._batch_rows,
@@ -370,9 +251,10 @@ def _record(row: asyncpg.Record) -> Record:
     if row["type"] is not None:
         headers.append(("type", row["type"].encode()))
     headers.append(("outbox-id", b"%d" % row["id"]))
-    headers.append(("created_at", row["created_at"].encode()))
-    if row["headers"] != "{}":
-        headers.extend((name, value.encode()) for name, value in json.loads(row["headers"]).items())
+    if row["created_at"] is not None:
+        headers.append(("created_at", row["created_at"].encode()))
+    if row["headers"] not in (None, "{}"):
+        headers.extend(_own_headers(json.loads(row["headers"])))
     key = row["key"]
     return Record(
         id=row["id"],
@@ -382,3 +264,10 @@ def _record(row: asyncpg.Record) -> Record:
         value=row["payload"],
         headers=headers,
     )
+
+
+def _own_headers(headers: Any) -> Iterator[Header]:
+    """A row's own headers; where no constraint holds them to a flat object of text, what isn't text goes as JSON."""
+    for name, value in headers.items() if isinstance(headers, dict) else [("headers", headers)]:
+        if name not in RESERVED_HEADERS:
+            yield name, (value if isinstance(value, str) else json.dumps(value)).encode()

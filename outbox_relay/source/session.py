@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
 
 from outbox_relay.errors import SourceUnavailableError
+from outbox_relay.source.statements import quoted
+from outbox_relay.tls import Tls
 
 #: What a lost database looks like. TimeoutError and OSError come from sockets, the rest from asyncpg, the last one too:
 #: so it answers a statement on a session that the server has ended, after idling in a transaction for example.
@@ -23,11 +25,38 @@ _FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceErro
 
 @dataclass(frozen=True, slots=True)
 class Database:
-    """Where PostgreSQL is, and how long one connect and one statement may take, in seconds."""
+    """Where PostgreSQL is, and how long one connect and one statement may take, in seconds.
+
+    ``password`` is asked for each connection; without, it is looked for as libpq does. Without ``tls`` all is sent in
+    the clear. ``schema`` has the outbox's tables; empty: the ``search_path`` of the role finds them.
+    """
 
     url: str
     connect_timeout_seconds: float
     statement_timeout_seconds: float
+    password: Callable[[], str] | None = None
+    tls: Tls | None = None
+    schema: str = ""
+
+    async def connect(self, application_name: str) -> asyncpg.Connection:
+        """A new connection to a server that can be written to. Raises asyncpg's errors and OSError."""
+        return await asyncpg.connect(
+            self.url,
+            password=self.password,
+            ssl=False if self.tls is None else self.tls.context(),
+            # Of several hosts the primary; a lone one is told apart here too, before anything is tried on it.
+            target_session_attrs="read-write",
+            timeout=self.connect_timeout_seconds,
+            command_timeout=self.statement_timeout_seconds,
+            server_settings={"application_name": application_name},
+        )
+
+    async def connect_to_schema(self, application_name: str) -> asyncpg.Connection:
+        """As :meth:`connect`, for a session that finds the tables by itself."""
+        connection = await self.connect(application_name)
+        if self.schema:
+            await connection.execute(f"SET search_path = {quoted(self.schema)}")
+        return connection
 
 
 class Session:
@@ -46,6 +75,8 @@ class Session:
             f"SET LOCAL idle_in_transaction_session_timeout = {timeout_ms};"
             f"SET LOCAL tcp_user_timeout = {timeout_ms}"
         )
+        if database.schema:
+            self._begin += f";SET LOCAL search_path = {quoted(database.schema)}"
         self._application_name = application_name
         self._connection: asyncpg.Connection | None = None
         self._warnings: list[str] = []
@@ -58,12 +89,7 @@ class Session:
         """The live connection, made anew if there is none."""
         if self._connection is None or self._connection.is_closed():
             with self.unavailable("connect to the database"):
-                self._connection = await asyncpg.connect(
-                    self._database.url,
-                    timeout=self._database.connect_timeout_seconds,
-                    command_timeout=self._database.statement_timeout_seconds,
-                    server_settings={"application_name": self._application_name},
-                )
+                self._connection = await self._database.connect(self._application_name)
                 self._connection.add_log_listener(self._remember_warning)
         return self._connection
 

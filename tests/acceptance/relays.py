@@ -126,14 +126,17 @@ def relay_process(
     database: Mapping[str, Any] | None = None,
     kafka: Mapping[str, Any] | None = None,
     log: Mapping[str, Any] | None = None,
+    tables: Mapping[str, Mapping[str, Any]] | None = None,
     **relay: Any,
 ) -> Iterator[RelayProcess]:
-    """A relay process that logs everything as JSON. Keywords are settings of the table ``[relay]``."""
+    """A relay process that logs everything as JSON. Keywords are settings of the table ``[relay]``,
+    ``tables`` whole other tables."""
     config = {
         "database": {"url": database_url, **(database or {})},
         "kafka": {"bootstrap_servers": [bootstrap_servers], **(kafka or {})},
         "relay": {"name": f"relay-{uuid4().hex[:8]}", "heartbeat_seconds": 0.2, **relay},
         "log": {"level": "debug", "format": "json", **(log or {})},
+        **(tables or {}),
     }
     process = RelayProcess(config, *arguments)
     try:
@@ -145,12 +148,18 @@ def relay_process(
 
 
 def _toml(config: Mapping[str, Mapping[str, Any]]) -> str:
-    # Text, numbers, booleans and lists of them look the same in JSON.
     tables = (
-        f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+        f"[{name}]\n" + "".join(f"{key} = {_value(value)}\n" for key, value in table.items())
         for name, table in config.items()
     )
     return "\n".join(tables)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_value(inner)}" for key, inner in value.items()) + " }"
+    # Text, numbers, booleans and lists of them look the same in JSON.
+    return json.dumps(value)
 
 
 SLOTS = 16

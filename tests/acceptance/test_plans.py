@@ -28,13 +28,15 @@ from outbox_relay import schema
 from outbox_relay.message import Delivered, Released, Retry, Scope
 from outbox_relay.retry import Backoff
 from outbox_relay.servers import Postgres
-from outbox_relay.source import polling
 from outbox_relay.source.polling import PollingSource
 from outbox_relay.source.session import Database, Session
 from outbox_relay.source.slots import Slots
+from outbox_relay.source.statements import OUTBOX, OWN, Statements, created_at
 from outbox_relay.tables import BUCKETS, SLOTS
 from outbox_relay.telemetry import Telemetry
 from tests.conftest import Database as DatabaseForTest
+
+STATEMENTS = Statements(OUTBOX)
 
 SENT = 1_000_000
 KEYS = 50_000
@@ -55,7 +57,7 @@ OWN_A_SLOT = 4
 
 @dataclass(frozen=True)
 class Explained:
-    """One statement as it was executed: what it is called in ``polling.py``, and its plan."""
+    """One statement as it was executed: what it is called in ``statements.py``, and its plan."""
 
     label: str
     plan: dict[str, Any]
@@ -115,7 +117,7 @@ class ExplainedSession(Session):
 
     async def fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
         rows = await super().fetch(self._rewrite(statement), *arguments)
-        if statement == polling.OWN and self._plan_cache_mode is not None:
+        if statement == OWN and self._plan_cache_mode is not None:
             await super().fetch(f"SET LOCAL plan_cache_mode = {self._plan_cache_mode}")
         return rows
 
@@ -351,7 +353,7 @@ async def test_a_row_costs_the_same_whatever_the_outbox_holds(
         assert_claim_is_cheap(session, len(second.records), buckets=buckets, stepped_over=rows)
 
         claims = 2
-        planned = await session.planned(polling.CLAIM.format(payload="o.payload"))
+        planned = await session.planned(STATEMENTS.claim["bytea"])
         assert planned == ((claims, 0) if plan_cache_mode is None else (0, claims))
 
 
@@ -494,7 +496,7 @@ async def test_a_batch_takes_the_same_statements_whatever_its_size(
             claim = await source.claim()
             assert len(claim.records) == batch_rows
     begin, commit = session._begin, "COMMIT"
-    assert statements == 2 * [begin, polling.OWN, polling.SETTLE, polling.CLAIM.format(payload="o.payload"), commit]
+    assert statements == 2 * [begin, OWN, STATEMENTS.settle, STATEMENTS.claim["bytea"], commit]
 
 
 # -- statements that are written otherwise
@@ -504,7 +506,7 @@ BY_ID = f"""
 SELECT c.id, c.bucket, c.topic, c.key, c.event_id, c.type, c.payload, c.headers, c.created_at
 FROM (
     SELECT o.id, o.bucket, o.topic, o.key, o.event_id::text, o.type, o.payload, o.headers::text,
-           {polling.CREATED_AT} AS created_at
+           {created_at("created_at")} AS created_at
     FROM outbox o
     WHERE o.bucket = ANY ($1::smallint[]) AND o.sent_at IS NULL AND $2::int > 0
       AND o.id <> ALL ($4::bigint[]) AND o.topic <> ALL ($5::text[])
@@ -535,9 +537,9 @@ SEQSCAN = rewritten("own", ("set_config('enable_seqscan', 'off', true)", "NULL")
 BITMAPSCAN = rewritten("own", ("set_config('enable_bitmapscan', 'off', true)", "NULL"))
 WHOLE_BATCHES = rewritten("claim", ("LIMIT $2", "LIMIT $3"), ("count(*) = $2", "count(*) = $2 AND false"))
 COMPARED = rewritten(
-    "claim", ("o.id NOT IN (SELECT held.id FROM unnest($4::bigint[]) AS held (id))", "o.id <> ALL ($4::bigint[])")
+    "claim", ('o."id" NOT IN (SELECT held.id FROM unnest($4::bigint[]) AS held (id))', 'o."id" <> ALL ($4::bigint[])')
 )
-IS_NULL = rewritten("settle", ("num_nulls(o.sent_at) = 1", "o.sent_at IS NULL"))
+IS_NULL = rewritten("settle", ('num_nulls(o."sent_at") = 1', 'o."sent_at" IS NULL'))
 
 
 # In brackets the buffers a row, where the claim as it is costs at most 5.8.

@@ -8,6 +8,8 @@ from outbox_relay.servers.ports import free_port
 
 def test_a_free_port_can_be_listened_on() -> None:
     with socket.socket() as listener:
+        # As servers do: a closed connection's remains don't make the port a taken one.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", free_port()))
         listener.listen()
 

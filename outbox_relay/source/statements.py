@@ -1,0 +1,208 @@
+"""The SQL of a claim, over the table as it is called in the database.
+
+The claim relies on the index ``outbox_unsent (bucket, id) WHERE sent_at IS NULL`` and on the primary key. Statistics of
+a mostly empty outbox are stale when a burst comes, and a plan made before it is kept. So each statement is written such
+that it has one sensible plan whatever the statistics, and the planner is told to scan nothing else;
+``tests/acceptance/test_plans.py`` states what a row may cost.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxTable:
+    """What the table and its columns are called, unquoted; an empty name: there is no such column.
+
+    ``topic`` is a template: columns in braces and fixed text around them, braces doubled.
+    """
+
+    name: str = "outbox"
+    topic: str = "{topic}"
+    id: str = "id"
+    event_id: str = "event_id"
+    key: str = "key"
+    type: str = "type"
+    payload: str = "payload"
+    headers: str = "headers"
+    created_at: str = "created_at"
+    sent_at: str = "sent_at"
+    bucket: str = "bucket"
+
+
+#: As ``schema.sql`` has it.
+OUTBOX = OutboxTable()
+
+
+class Statements:
+    """The statements over one table; ``claim`` depends on the type of the payload, which ``payload_type`` asks for."""
+
+    def __init__(self, table: OutboxTable) -> None:
+        # Text whatever the type: a key may be a uuid, and a null topic would never be compared, nor seen.
+        names = {
+            "outbox": quoted(table.name),
+            "topic": _topic(table.topic),
+            "key": f"o.{quoted(table.key)}::text",
+            "type": _text(table.type),
+            "headers": _text(table.headers),
+            "created_at": created_at(table.created_at) if table.created_at else "NULL::text",
+            **{name: quoted(getattr(table, name)) for name in ("id", "event_id", "sent_at", "bucket")},
+        }
+        first = _UNSENT.format(start=f">= (owned.bucket, {_SMALLEST})", of="owned.bucket", limit="$2", **names)
+        next_ = _UNSENT.format(start="> (deep.bucket, deep.last_id)", of="deep.bucket", limit="$3", **names)
+        self.settle = _SETTLE.format(**names)
+        self.unsettled = _UNSETTLED.format(**names)
+        self.payload_type = _PAYLOAD_TYPE.format(outbox=_literal(names["outbox"]), payload=_literal(table.payload))
+        payload = f"o.{quoted(table.payload)}"
+        # A payload goes through as PostgreSQL prints it, and is never decoded by the relay.
+        self.claim = {
+            type_: _CLAIM.format(first=first, next=next_, payload=printed, **names)
+            for type_, printed in (("bytea", payload), ("other", f"convert_to({payload}::text, 'UTF8')"))
+        }
+
+
+def quoted(name: str) -> str:
+    """An identifier for any name."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _text(column: str) -> str:
+    return f"o.{quoted(column)}::text" if column else "NULL::text"
+
+
+def created_at(column: str) -> str:
+    """RFC 3339. Printed by PostgreSQL, whose calendar is longer than Python's: an infinite one, or one of the year
+    10000, isn't worth stopping for, and arrives as PostgreSQL prints it.
+    """
+    time = f"o.{quoted(column)}::timestamptz"
+    return f"""
+           CASE WHEN {time} >= '0001-01-01 00:00Z' AND {time} < '10000-01-01 00:00Z'
+                THEN to_char({time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
+                ELSE {time}::text END"""
+
+
+def _topic(template: str) -> str:
+    """An expression of the template: ``outbox.event.{aggregatetype}`` and the like."""
+    parts = []
+    for text, column in re.findall(r"((?:[^{}]|\{\{|\}\})+)|\{([^{}]+)\}", template):
+        if column:
+            parts.append(f"coalesce({_text(column)}, '')")
+        else:
+            parts.append(_literal(text.replace("{{", "{").replace("}}", "}")))
+    return f"({' || '.join(parts)})"
+
+
+# The smallest bigint, since an application may choose its own ids.
+_SMALLEST = -9223372036854775808
+
+# The settings are the transaction's own, so they hold behind a transaction pooler too. A plan is made once, since
+# planning costs as much as a small claim and would find the same; and never compiled, which takes a second each claim.
+OWN = """
+-- own
+WITH settings AS MATERIALIZED (
+    SELECT set_config('synchronous_commit',
+                      CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
+                      true),
+           set_config('enable_seqscan', 'off', true),
+           set_config('enable_bitmapscan', 'off', true),
+           set_config('plan_cache_mode', 'force_generic_plan', true),
+           set_config('jit', 'off', true)
+)
+SELECT s.slot
+FROM settings, outbox_slot s
+JOIN unnest($1::smallint[], $2::bigint[]) AS mine (slot, epoch) ON mine.slot = s.slot AND mine.epoch = s.epoch
+FOR NO KEY UPDATE OF s
+"""
+
+# Rows that a stranger has locked are left for later rather than waited for. num_nulls(…) = 1 is IS NULL in words from
+# which the planner can't conclude that outbox_unsent would do: without a bucket all of that index is searched for an
+# id, which looks cheap while it is small.
+_SETTLE = """
+-- settle
+UPDATE {outbox} AS sent SET {sent_at} = now()
+WHERE sent.{id} = ANY (ARRAY(
+    SELECT o.{id} FROM {outbox} o WHERE o.{id} = ANY ($1::bigint[]) AND num_nulls(o.{sent_at}) = 1
+    FOR UPDATE SKIP LOCKED
+))
+RETURNING sent.{id} AS id
+"""
+
+_UNSETTLED = """
+-- unsettled
+SELECT o.{id} AS id FROM {outbox} o WHERE o.{id} = ANY ($1::bigint[]) AND num_nulls(o.{sent_at}) = 1
+"""
+
+# The epoch grows here too: a slot and an epoch together name one ownership for good.
+RELEASE = """
+-- release
+UPDATE outbox_slot SET owner = NULL, epoch = epoch + 1 WHERE slot = ANY ($1::smallint[])
+"""
+
+# A bucket's rows from one on, in order, without those that wait. A range of (bucket, id), since with `bucket = b` and
+# an order by id the planner walks the primary key instead. What waits is a hashed subquery; <> ALL (…) would compare
+# each row with each thing that waits.
+_UNSENT = """
+        SELECT o.{id} AS id, o.{bucket} AS bucket, {topic} AS topic, {key} AS key
+        FROM {outbox} o
+        WHERE (o.{bucket}, o.{id}) {start}
+          AND (o.{bucket}, o.{id}) < ({of} + 1, -9223372036854775808)
+          AND o.{sent_at} IS NULL
+          AND o.{id} NOT IN (SELECT held.id FROM unnest($4::bigint[]) AS held (id))
+          AND {topic} NOT IN (SELECT held.topic FROM unnest($5::text[]) AS held (topic))
+          AND ({key} IS NULL OR ({topic}, {key}) NOT IN (
+                   SELECT held.topic, held.key FROM unnest($6::text[], $7::text[]) AS held (topic, key)))
+        ORDER BY o.{bucket}, o.{id}
+        LIMIT {limit}"""
+
+
+# Each bucket is read on its own, so that no backlog of a bucket that isn't ours is stepped over. Each gives its share
+# of the batch, so that none waits for another's backlog, and the room that is left goes to those that have more, the
+# one with the oldest rows first. So hardly more is read than is taken, however the backlog is spread. Locked in order
+# of id, since neighbours by id are neighbours on disk.
+# A candidate without a row beside it couldn't be locked, or was changed meanwhile: there its key is cut.
+_CLAIM = """
+-- claim
+WITH share AS MATERIALIZED (
+    SELECT c.id, c.bucket, c.topic, c.key
+    FROM unnest($1::smallint[]) AS owned (bucket)
+    CROSS JOIN LATERAL ({first}
+    ) AS c
+), room AS MATERIALIZED (
+    SELECT c.id, c.bucket, c.topic, c.key
+    FROM (SELECT s.bucket, max(s.id) AS last_id FROM share s
+          GROUP BY s.bucket HAVING count(*) = $2 ORDER BY last_id) AS deep
+    CROSS JOIN LATERAL ({next}
+    ) AS c
+    LIMIT greatest(0, $3 - (SELECT count(*) FROM share))
+)
+SELECT c.id, c.bucket, c.topic, c.key,
+       locked.event_id, locked.type, locked.payload, locked.headers, locked.created_at
+FROM (
+    SELECT s.id, s.bucket, s.topic, s.key FROM share s
+    UNION ALL
+    SELECT r.id, r.bucket, r.topic, r.key FROM room r
+    ORDER BY id
+    LIMIT $3
+) AS c
+LEFT JOIN LATERAL (
+    SELECT o.{event_id}::text AS event_id, {type} AS type, {payload} AS payload, {headers} AS headers,
+           {created_at} AS created_at
+    FROM {outbox} o
+    WHERE o.{bucket} = c.bucket AND o.{id} = c.id AND o.{sent_at} IS NULL
+      AND {topic} = c.topic AND {key} IS NOT DISTINCT FROM c.key
+    FOR UPDATE SKIP LOCKED
+) AS locked ON true
+ORDER BY c.id
+"""
+
+_PAYLOAD_TYPE = """
+-- payload type
+SELECT CASE WHEN a.atttypid = 'bytea'::regtype THEN 'bytea' ELSE 'other' END AS payload
+FROM pg_attribute a WHERE a.attrelid = {outbox}::regclass AND a.attname = {payload}
+"""

@@ -1,0 +1,107 @@
+"""roles.sql: an application and a relay do with these roles all that they have to, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from click.testing import CliRunner
+from sqlalchemy import make_url
+
+from outbox_relay import cli, outbox, schema
+from outbox_relay.outbox import Message
+from outbox_relay.servers import Kafka
+from tests.acceptance.relays import compare, drained, new_topic, relay_process
+from tests.conftest import Database
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+async def users(outbox_database: Database) -> AsyncIterator[dict[str, str]]:
+    """The urls of a writer and a relay that have these roles and nothing else."""
+    connection = await outbox_database.connect()
+    # Roles belong to the whole server: these are of this test alone.
+    suffix = uuid4().hex[:12]
+    groups = {name: f"{name}_{suffix}" for name in ("outbox_writer", "outbox_relay")}
+    sql = schema.read_roles_sql()
+    for name, group in groups.items():
+        sql = sql.replace(f"ROLE {name} ", f"ROLE {group} ").replace(f"TO {name};", f"TO {group};")
+    await connection.execute(sql)
+    url = make_url(outbox_database.url)
+    urls = {}
+    for name, group in groups.items():
+        await connection.execute(f"CREATE ROLE {group}_user LOGIN PASSWORD 'word' IN ROLE {group}")
+        urls[name] = url.set(username=f"{group}_user", password="word").render_as_string(hide_password=False)
+    yield urls
+    for group in groups.values():
+        await connection.execute(f"DROP OWNED BY {group}")
+        await connection.execute(f"DROP ROLE {group}_user, {group}")
+
+
+async def test_messages_flow_with_these_roles_alone(
+    users: dict[str, str], outbox_database: Database, kafka: Kafka
+) -> None:
+    topic = await new_topic(kafka)
+    writer = await asyncpg.connect(users["outbox_writer"])
+    with relay_process(users["outbox_relay"], kafka.bootstrap_servers) as relay:
+        async with writer.transaction():
+            await outbox.add_async(writer, *(Message(topic, {"n": n}, key=f"k{n % 7}") for n in range(500)))
+        await writer.execute("INSERT INTO outbox (topic, key, type, payload) VALUES ($1, 'k', 't', 'x')", topic)
+        connection = await outbox_database.connect()
+        await drained(connection)
+        # It leaves, and another comes: every statement of its life was run.
+        assert await relay.stop() == 0
+        relay.start()
+        await relay.event("slots.taken", after=1)
+        assert await relay.stop() == 0
+    await writer.close()
+    report = await compare(connection, kafka, topic)
+    assert report.sound, report.describe()
+    assert (report.committed, report.duplicates) == (501, 0)
+    assert relay.events(level="warning") == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT payload FROM outbox",
+        "INSERT INTO outbox (id, topic, payload) VALUES (-1, 't', '')",
+        "INSERT INTO outbox (topic, payload, sent_at) VALUES ('t', '', now())",
+        "UPDATE outbox SET sent_at = now()",
+        "DELETE FROM outbox",
+        "SELECT * FROM outbox_slot",
+    ],
+)
+async def test_a_writer_can_only_add(statement: str, users: dict[str, str]) -> None:
+    connection = await asyncpg.connect(users["outbox_writer"])
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await connection.execute(statement)
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO outbox (topic, payload) VALUES ('t', '')",
+        "UPDATE outbox SET payload = ''",
+        "UPDATE outbox SET topic = 'other'",
+        "DELETE FROM outbox",
+        "TRUNCATE outbox",
+        "INSERT INTO outbox_slot (slot) VALUES (99)",
+        "UPDATE outbox_layout SET slots = 1",
+    ],
+)
+async def test_a_relay_can_only_mark(statement: str, users: dict[str, str]) -> None:
+    connection = await asyncpg.connect(users["outbox_relay"])
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await connection.execute(statement)
+    await connection.close()
+
+
+def test_the_sql_is_printed() -> None:
+    result = CliRunner().invoke(cli.main, ["schema", "print", "--roles"])
+    assert result.output == (REPOSITORY / "roles.sql").read_text()
