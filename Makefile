@@ -17,7 +17,7 @@ help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
 
 demo: ## Watch orders go from PostgreSQL to Kafka although the relay is killed; real servers, started for you
-	@began=$$(date +%s%N); $(MAKE) setup; \
+	@began=$$(date +%s%N); $(MAKE) --silent setup; \
 	printf 'set up in %s s\n' "$$(( ($$(date +%s%N) - began) / 1000000000 ))"; \
 	$(BIN)/outbox-relay demo; \
 	printf 'make demo took %s s in all\n' "$$(( ($$(date +%s%N) - began) / 1000000000 ))"

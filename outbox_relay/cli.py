@@ -13,7 +13,7 @@ import click
 
 from outbox_relay import __version__, config, daemon, logs, schema
 from outbox_relay.adoption import adoption_sql
-from outbox_relay.errors import ConfigError, OutboxRelayError
+from outbox_relay.errors import ConfigError, OutboxRelayError, SourceUnavailableError
 
 #: sysexits.h: the configuration is at fault (EX_CONFIG), or a service isn't there (EX_UNAVAILABLE).
 EXIT_CONFIG = 78
@@ -90,9 +90,9 @@ def schema_apply(path: Path | None, database_url: str | None) -> None:
         if path is not None:
             connect = daemon.database_of(config.load(path)).connect_to_schema("outbox-relay schema")
         elif database_url is not None:
-            connect = asyncpg.connect(database_url, timeout=10)
+            connect = asyncpg.connect(config.checked_url(database_url), timeout=10)
         else:
-            raise ConfigError(["give --config or --database-url: which database is meant?"])
+            raise ConfigError(["which database is meant? Give --config or --database-url, or set DATABASE_URL"])
         applied = asyncio.run(_apply(connect))
     click.echo(applied)
 
@@ -108,7 +108,10 @@ def schema_adopt(path: Path, order_by: str | None) -> None:
 
 
 async def _apply(connect: Awaitable[asyncpg.Connection]) -> schema.Applied:
-    connection = await connect
+    try:
+        connection = await connect
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise SourceUnavailableError(f"connect to the database: {error or 'no answer in time'}") from error
     try:
         return await schema.apply(connection)
     finally:

@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from outbox_relay import config_file
+from outbox_relay.errors import ConfigError
 from outbox_relay.tls import Tls
 
 # PostgreSQL counts in whole milliseconds, and takes 0 for no timeout at all.
@@ -119,6 +120,13 @@ def _postgresql_url(url: str) -> str:
             raise ValueError(f"{key} has no place in the url: {advice}")
     if at and ":" in before and not all(map(is_local, url_hosts(url))):
         raise ValueError('holds a password: take it out, and set password = { env = "NAME" } or { file = "/path" }')
+    return url
+
+
+def checked_url(url: str) -> str:
+    """The url of a command line or the environment, where it may hold a password. Raises ConfigError."""
+    if urlsplit(url).scheme not in ("postgresql", "postgres"):
+        raise ConfigError(["the database's url must be postgresql://user:password@host:port/database"])
     return url
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
@@ -22,6 +23,7 @@ def configure(level: str, format_: str) -> None:
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
+        _in_front,
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -45,3 +47,8 @@ def configure(level: str, format_: str) -> None:
     logging.getLogger("outbox_relay").setLevel(threshold)
     # aiokafka reports each failed connect at ERROR while the relay's own lines tell of the outage once.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+
+
+def _in_front(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What a person looks for first comes first."""
+    return {name: event[name] for name in ("timestamp", "level", "event") if name in event} | dict(event)

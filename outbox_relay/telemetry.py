@@ -163,6 +163,14 @@ class Telemetry:
             retry_in_seconds=round(retry_in_seconds, 3),
         )
 
+    def row_accepted(self, record: Record) -> None:
+        """Only after :meth:`refused` of that row, or one before it of its key."""
+        self._log.info("row.accepted", id=record.id, event_id=record.event_id, topic=record.topic)
+
+    def topic_accepted(self, topic: str) -> None:
+        """Only after :meth:`refused` of that topic."""
+        self._log.info("topic.accepted", topic=topic)
+
     # -- publishing
 
     def publish_slow(self, rows: int, waited_seconds: float) -> None:

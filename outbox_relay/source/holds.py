@@ -37,9 +37,9 @@ class Holds(Generic[W]):
         hold.until = self._clock() + delay_seconds
         return hold.attempts, delay_seconds
 
-    def clear(self, what: W) -> None:
-        """It works again."""
-        self._holds.pop(what, None)
+    def clear(self, what: W) -> bool:
+        """It works again; whether it had been held."""
+        return self._holds.pop(what, None) is not None
 
     def active(self) -> list[W]:
         """What is still waiting now."""

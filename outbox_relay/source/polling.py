@@ -107,8 +107,10 @@ class PollingSource:
             if isinstance(outcome, Delivered):
                 self._published[outcome.record.id] = ownership
                 if self._held or self._held_topics:
-                    self._held.clear(_line(outcome.record))
-                    self._held_topics.clear(outcome.record.topic)
+                    if self._held.clear(_line(outcome.record)):
+                        self._telemetry.row_accepted(outcome.record)
+                    if self._held_topics.clear(outcome.record.topic):
+                        self._telemetry.topic_accepted(outcome.record.topic)
             elif isinstance(outcome, Retry):
                 if outcome.scope is Scope.TOPIC:
                     refused_topics.setdefault(outcome.record.topic, outcome)

@@ -244,4 +244,5 @@ async def test_a_missing_acl_holds_the_topic_until_it_is_granted(secured: Secure
         await relay.event("claim.settled")
         secured.allow(forbidden)
         await drained(connection)
+        assert (await relay.event("topic.accepted"))["topic"] == forbidden
         assert await relay.stop() == 0

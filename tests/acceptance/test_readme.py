@@ -63,6 +63,16 @@ async def test_the_order_service_and_the_sql_reach_kafka_in_order(
         failed = client.post(f"/orders/{order_id + 1}/pay")  # there is no such order
         with pytest.raises(Exception, match="No row was found"):
             await failed
+        async with service.engine.begin() as connection:
+            await connection.exec_driver_sql(
+                "ALTER TABLE orders ADD CONSTRAINT once UNIQUE (customer) DEFERRABLE INITIALLY DEFERRED"
+            )
+    # COMMIT comes before the answer: an order that PostgreSQL refuses in the end isn't confirmed.
+    transport = httpx.ASGITransport(service.app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://orders") as client:
+        assert (await client.post("/orders/ada")).status_code == 500
+    async with service.engine.begin() as connection:
+        await connection.exec_driver_sql("ALTER TABLE orders DROP CONSTRAINT once")
     await service.engine.dispose()
     connection = await outbox_database.connect()
     await connection.execute(example("sql").replace("'orders'", f"'{topic}'"))

@@ -24,7 +24,8 @@ def test_a_hold_ends_with_its_backoff_and_grows_with_each_failure() -> None:
     now = 101.0
     assert holds.active() == []
     assert holds.hold("k") == (2, 2.0)
-    holds.clear("k")
+    assert holds.clear("k")
+    assert not holds.clear("k")
     assert holds.hold("k") == (1, 1.0)
 
 
