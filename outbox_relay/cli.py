@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import sys
 from collections.abc import Awaitable, Iterator
 from pathlib import Path
@@ -37,8 +39,11 @@ def run(path: Path, once: bool) -> None:
     with _failing_clearly():
         settings = config.load(path)
         logs.configure(settings.log.level, settings.log.format)
-        code = asyncio.run(daemon.run(settings, once=once))
-    sys.exit(code)
+        code = asyncio.new_event_loop().run_until_complete(daemon.run(settings, once=once))
+    # The daemon has closed what it has. asyncio.run and sys.exit would wait for threads too, and one may be asking a
+    # name server that doesn't answer.
+    logging.shutdown()
+    os._exit(code)
 
 
 @main.command()
@@ -110,7 +115,7 @@ def schema_adopt(path: Path, order_by: str | None) -> None:
 async def _apply(connect: Awaitable[asyncpg.Connection]) -> schema.Applied:
     try:
         connection = await connect
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except (OSError, TimeoutError, UnicodeError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise SourceUnavailableError(f"connect to the database: {error or 'no answer in time'}") from error
     try:
         return await schema.apply(connection)
@@ -127,6 +132,6 @@ def _failing_clearly() -> Iterator[None]:
         for problem in error.problems:
             click.echo(problem, err=True)
         sys.exit(EXIT_CONFIG)
-    except (OutboxRelayError, OSError, TimeoutError, asyncpg.PostgresError) as error:
+    except (OutboxRelayError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         click.echo(str(error) or type(error).__name__, err=True)
         sys.exit(EXIT_UNAVAILABLE)

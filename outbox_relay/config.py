@@ -15,7 +15,7 @@ from importlib import import_module, util
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
@@ -98,11 +98,12 @@ def _at_least(lower: str, times: int = 1) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _postgresql_url(url: str) -> str:
-    # Checked here, since what asyncpg says of a url that it can't read may hold a part of the password.
-    problem = ValueError(
-        "must be postgresql://user@host:port/database, with any of / ? # @ : % in the user percent-encoded"
-    )
+def _url_parts(url: str, expected: str) -> SplitResult:
+    """The parts of a PostgreSQL url; ValueError with what was expected.
+
+    Checked here, since what asyncpg says of a url that it can't read may hold a part of the password.
+    """
+    problem = ValueError(expected)
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -115,6 +116,14 @@ def _postgresql_url(url: str) -> str:
     )
     if parts.scheme not in ("postgresql", "postgres") or not sound:
         raise problem
+    return parts
+
+
+def _postgresql_url(url: str) -> str:
+    parts = _url_parts(
+        url, "must be postgresql://user@host:port/database, with any of / ? # @ : % in the user percent-encoded"
+    )
+    before, at, _ = parts.netloc.partition("@")
     for key in parse_qs(parts.query, keep_blank_values=True):
         if advice := _ELSEWHERE.get("ssl" if key.startswith("ssl") else key):
             raise ValueError(f"{key} has no place in the url: {advice}")
@@ -125,8 +134,14 @@ def _postgresql_url(url: str) -> str:
 
 def checked_url(url: str) -> str:
     """The url of a command line or the environment, where it may hold a password. Raises ConfigError."""
-    if urlsplit(url).scheme not in ("postgresql", "postgres"):
-        raise ConfigError(["the database's url must be postgresql://user:password@host:port/database"])
+    expected = (
+        "the database's url must be postgresql://user:password@host:port/database,"
+        " with any of / ? # @ : % in the user or password percent-encoded"
+    )
+    try:
+        _url_parts(url, expected)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
     return url
 
 

@@ -18,9 +18,17 @@ from outbox_relay.errors import SourceUnavailableError
 from outbox_relay.source.statements import quoted
 from outbox_relay.tls import Tls
 
-#: What a lost database looks like. TimeoutError and OSError come from sockets, the rest from asyncpg, the last one too:
-#: so it answers a statement on a session that the server has ended, after idling in a transaction for example.
-_FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+#: What a lost database looks like. OSError and TimeoutError come from sockets, UnicodeError for a host that can't be
+#: one, the rest from asyncpg, the last one too: so it answers a statement on a session that the server has ended, after
+#: idling in a transaction for example.
+_FAILURES = (
+    OSError,
+    TimeoutError,
+    UnicodeError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,7 @@ class Slots:
         self._lease_seconds = lease_seconds
         self._heartbeat_seconds = heartbeat_seconds
         self._relay_id: int | None = None
-        self._former_id: int | None = None
+        self._former_id: int | None = None  # announced last; its row may be lost since
         self._direct = False
         self._releases = 0
         self._owned: dict[int, _Owned] = {}
@@ -242,7 +242,7 @@ class Slots:
         gone = [relay_id for relay_id, _ in missed], [renewed_at for _, renewed_at in missed]
         (row,) = await self._session.fetch(HEARTBEAT, relay_id, ready, self._direct, *gone)
         if not row["registered"]:
-            self._former_id, self._relay_id = relay_id, None
+            self._relay_id = None
             self._nudge.set()
             return
         self._valid_until = asked_at + self._lease_seconds
@@ -273,13 +273,13 @@ class Slots:
         relay_id = self._relay_id
         if relay_id is None:
             (row,) = await self._session.fetch(REGISTER, self._name, self._lease_seconds, self._former_id)
-            relay_id = row["relay_id"]
+            relay_id = self._relay_id = row["relay_id"]
             await self._session.fetch(FORGET, relay_id)
         (row,) = await self._session.fetch(LOCK, relay_id, connection.get_server_pid())
         self._direct = row["direct"]
-        if self._relay_id is None:
+        if relay_id != self._former_id:
+            self._former_id = relay_id
             self._telemetry.registered(relay_id, self._direct)
-        self._relay_id = relay_id
         return relay_id
 
     def _epochs(self) -> dict[int, int]:

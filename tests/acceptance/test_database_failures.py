@@ -10,6 +10,7 @@ import contextlib
 import signal
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
@@ -145,6 +146,52 @@ async def test_a_relay_that_is_too_old_for_the_schema_waits_and_says_so(database
         assert await relay.stop() == 0
         assert outages(relay) == [(0, 0)]
     assert await database.sound(kafka, topic) == 0
+
+
+# -- a password
+
+
+@contextlib.contextmanager
+def asking_for_passwords(server: PostgresServer) -> Iterator[None]:
+    """The server asks the user ``relay`` for one, whoever comes from now on."""
+    rules = server.directory / "data" / "pg_hba.conf"
+    usual = rules.read_text()
+    rules.write_text("host all relay 127.0.0.1/32 scram-sha-256\n" + usual)
+    try:
+        yield
+    finally:
+        rules.write_text(usual)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid", "two..dots"])
+async def test_no_failure_to_connect_shows_the_password(
+    host: str, database: Database, kafka: Kafka, tmp_path: Path
+) -> None:
+    password = tmp_path / "password"
+    password.write_text("s3cret-w0rd")
+    await database.execute(
+        "DO $$ BEGIN CREATE ROLE relay SUPERUSER LOGIN; EXCEPTION WHEN duplicate_object THEN END $$",
+        "ALTER ROLE relay PASSWORD 'the-right-one'",
+    )
+    topic = await new_topic(kafka)
+    await database.write(topic, 10)
+    with asking_for_passwords(database.server):
+        await database.execute("SELECT pg_reload_conf()")
+        url = make_url(database.url).set(host=host, username="relay").render_as_string()
+        in_the_clear = {"tls": "disable", "dangerously_allow_plaintext": True}
+        settings = {"password": {"file": str(password)}, **in_the_clear}
+        with relay_process(url, kafka.bootstrap_servers, database=settings) as relay:
+            refused = await relay.event("database.unavailable")
+            if host == "127.0.0.1":
+                assert "password authentication failed" in refused["reason"]
+                # Read for each connection, so a new one needs no restart.
+                password.write_text("the-right-one")
+                await database.drained()
+            assert await relay.stop() == 0
+            assert outages(relay) == [(1, int(host == "127.0.0.1"))]
+            assert "s3cret-w0rd" not in relay.output()
+            assert "the-right-one" not in relay.output()
+    await database.execute("SELECT pg_reload_conf()")
 
 
 # -- away in the middle

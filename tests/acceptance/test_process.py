@@ -5,6 +5,7 @@ Timeouts that play no part are made so long that no test would live to see them.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -151,6 +152,7 @@ async def test_a_stop_ends_although_the_database_has_fallen_silent(outbox_databa
 
 async def test_a_stop_ends_the_wait_for_a_kafka_that_refuses(outbox_database: Database) -> None:
     with relay_process(outbox_database.url, f"127.0.0.1:{free_port()}", shutdown_grace_seconds=FOREVER) as relay:
+        await relay.event("relay.registered")
         await relay.event("kafka.unavailable")
         assert await stopped(relay) == 0
         assert last_words(relay) == ["relay.stopping", "relay.stopped"]
@@ -163,9 +165,41 @@ async def test_a_stop_ends_the_wait_for_a_kafka_that_never_answers(outbox_databa
         with relay_process(
             outbox_database.url, f"127.0.0.1:{proxy.own_port}", kafka=PATIENT_KAFKA, shutdown_grace_seconds=FOREVER
         ) as relay:
+            await relay.event("relay.registered")
             await eventually(lambda: proxy.held_up >= 2, "both lanes connect")
             assert await stopped(relay) == 0
             assert last_words(relay) == ["relay.stopping", "relay.stopped"]
+
+
+NAME_SERVER_IS_AWAY = """
+import socket, sys, time
+from outbox_relay.cli import main
+socket.getaddrinfo = lambda *_, **__: [print("asked", flush=True), time.sleep(600)]
+main(["run", "--config", sys.argv[1]])
+"""
+
+
+async def test_a_stop_ends_the_wait_for_a_name_server_that_never_answers(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(
+        f'[database]\nurl = "postgresql://relay@db.example/orders"\n[kafka]\nbootstrap_servers = ["{NOWHERE}"]\n'
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", NAME_SERVER_IS_AWAY, str(path), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(ENDS_SECONDS):
+            while await process.stdout.readline() != b"asked\n":
+                pass
+            process.terminate()
+            *_, last = (await process.stdout.read()).splitlines()
+            assert await process.wait() == 0
+        assert json.loads(last)["event"] == "relay.stopped"
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 # -- forced to
@@ -307,4 +341,3 @@ async def test_a_defect_is_one_line_and_an_exit_code_of_its_own(
     assert (events[-1]["event"], events[-1]["exit_code"]) == ("relay.stopped", 70)
     connection = await outbox_database.connect()
     assert await connection.fetchval("SELECT count(*) FROM outbox_slot WHERE owner IS NOT NULL") == 0
-    assert await connection.fetchval("SELECT count(*) FROM outbox_relay") == 0
