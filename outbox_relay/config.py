@@ -27,7 +27,8 @@ from outbox_relay.tls import Tls
 Seconds = Annotated[float, Field(ge=0.001, le=86_400, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 
-_PORT = r"(:[0-9]{1,5})?"
+# 1 to 65535.
+_PORT = r"(:(?:[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5]))?"
 _HOST_AND_PORT = re.compile(rf"(\[[0-9A-Fa-f:.%]+\]|[^\s:/@,\[\]]+){_PORT}")
 _TOPIC_OR_PREFIX = re.compile(r"[a-zA-Z0-9._-]{1,249}\*?|\*")
 _LOCAL_NAMES = ("localhost", "localhost.localdomain")

@@ -11,6 +11,10 @@ from aiokafka.partitioner import murmur2
 Partition: TypeAlias = tuple[str, int]
 
 
+#: So that the cache holds some megabytes at most.
+_LONGEST_CACHED_KEY_BYTES = 256
+
+
 def partition_for(key: bytes, partitions: int) -> int:
     """The partition, from 0 to ``partitions - 1``, that Java's default partitioner chooses for ``key``.
 
@@ -19,7 +23,8 @@ def partition_for(key: bytes, partitions: int) -> int:
     if partitions < 1:
         raise ValueError(f"a topic has at least one partition, not {partitions}")
     # Java's toPositive: clears the sign bit, which is not the absolute value.
-    return (_hash(key) & 0x7FFFFFFF) % partitions
+    hash_ = _hash(key) if len(key) <= _LONGEST_CACHED_KEY_BYTES else int(murmur2(key))
+    return (hash_ & 0x7FFFFFFF) % partitions
 
 
 @lru_cache(maxsize=65_536)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from aiokafka import errors as kafka_errors
@@ -120,7 +120,7 @@ class KafkaPublisher:
         self._warn_seconds = publish_warn_seconds
         self._deadline_seconds = publish_deadline_seconds
         self._records_per_producer = records_per_producer
-        self._lengthened = 1
+        self._lengthened: dict[str, int] = {}  # by topic, where it isn't 1
         self._producer: Producer | None = None
         self._keyless_turn = 0
 
@@ -250,7 +250,8 @@ class KafkaPublisher:
     ) -> Set[asyncio.Future[object]]:
         """Wait until Kafka has answered all, or the deadline, or waiting is hopeless; those without an answer."""
         assert self._producer is not None
-        deadline_seconds = self._deadline_seconds * self._lengthened
+        topics = {topic for topic, _ in sent.values()}
+        deadline_seconds = self._deadline_seconds * max((self._lengthened.get(topic, 1) for topic in topics), default=1)
         began = time.monotonic()
         said_slow = False
         pending: Set[asyncio.Future[object]] = set(sent)
@@ -261,7 +262,7 @@ class KafkaPublisher:
         while pending:
             waited = time.monotonic() - began
             if waited >= deadline_seconds:
-                self._lengthened = min(_LONGEST_DEADLINE, self._lengthened * 2)
+                self._lengthen({sent[future][0] for future in pending})
                 self._telemetry.publish_abandoned(unanswered_rows(), deadline_seconds)
                 return pending
             if waited >= self._warn_seconds and not said_slow:
@@ -273,9 +274,21 @@ class KafkaPublisher:
             _, pending = await asyncio.wait(pending, timeout=min(seconds for seconds in looks if seconds > 0))
         if said_slow:
             self._telemetry.publish_answered(sum(rows[partition] for partition in sent.values()), waited)
-        if sent:
-            self._lengthened = 1
+        self._shorten(topics, time.monotonic() - began)
         return pending
+
+    def _lengthen(self, topics: Iterable[str]) -> None:
+        for topic in topics:
+            self._lengthened[topic] = min(_LONGEST_DEADLINE, self._lengthened.get(topic, 1) * 2)
+
+    def _shorten(self, topics: Set[str], waited_seconds: float) -> None:
+        """By half, and only for an answer that would have come within that: else every other publish is repeated."""
+        for topic in topics & self._lengthened.keys():
+            shorter = self._lengthened[topic] // 2
+            if waited_seconds < shorter * self._deadline_seconds:
+                self._lengthened[topic] = shorter
+            if self._lengthened[topic] == 1:
+                del self._lengthened[topic]
 
     def _is_hopeless(self, partition: Partition) -> bool:
         """Whether the topic is gone, or has too few replicas, so that its batch isn't written and won't be soon."""

@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 
 from outbox_relay.retry import Backoff
 
+_SECONDS_FOR_EACH = 0.001
+
 W = TypeVar("W", bound=Hashable)
 
 
@@ -33,7 +35,8 @@ class Holds(Generic[W]):
         """Hold it once more: ``(failures in a row, seconds until it is offered again)``."""
         hold = self._holds.setdefault(what, _Hold(0.0, 0))
         hold.attempts += 1
-        delay_seconds = self._backoff.delay_seconds(hold.attempts)
+        # Where many wait, each is offered less often: else those that are due again would fill every claim for ever.
+        delay_seconds = max(self._backoff.delay_seconds(hold.attempts), len(self._holds) * _SECONDS_FOR_EACH)
         hold.until = self._clock() + delay_seconds
         return hold.attempts, delay_seconds
 

@@ -17,7 +17,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import asyncpg
@@ -37,6 +39,9 @@ _LOCKED = Backoff(first_seconds=0.05, ceiling_seconds=1.0)
 
 # How long a last settle waits for a stranger's lock before the row is left to be published again.
 _LAST_SETTLE_SECONDS = 5.0
+
+#: A topic that refused so many rows of one claim waits as a whole: finding the next ones would hold up other topics.
+_MANY_REFUSED = 20
 
 #: What waits together: a ``(topic, key)``, or a row without a key by its id.
 Line: TypeAlias = tuple[str, str] | int
@@ -72,6 +77,7 @@ class PollingSource:
         self._claim: str | None = None
         self._claimed: dict[int, Ownership] = {}  # by id, the claim that is out
         self._published: dict[int, Ownership] = {}  # by id, acknowledged by Kafka and not marked yet
+        self._postponed: set[int] = set()  # of the published, those that a stranger had locked when last looked at
         self._held_topics: Holds[str] = Holds(backoff)
         self._held: Holds[Line] = Holds(backoff)
         self._locked: Holds[Line] = Holds(_LOCKED)
@@ -101,7 +107,7 @@ class PollingSource:
         return Claim(records, lambda: self._slots.held(epochs), is_idle=not rows)
 
     def settle(self, outcomes: Sequence[Outcome]) -> None:
-        refused_topics: dict[str, Retry] = {}
+        refused_topics = _refused_topics(outcomes)
         for outcome in outcomes:
             ownership = self._claimed.pop(outcome.record.id)
             if isinstance(outcome, Delivered):
@@ -109,15 +115,14 @@ class PollingSource:
                 if self._held or self._held_topics:
                     if self._held.clear(_line(outcome.record)):
                         self._telemetry.row_accepted(outcome.record)
-                    if self._held_topics.clear(outcome.record.topic):
-                        self._telemetry.topic_accepted(outcome.record.topic)
-            elif isinstance(outcome, Retry):
-                if outcome.scope is Scope.TOPIC:
-                    refused_topics.setdefault(outcome.record.topic, outcome)
-                else:
-                    self._telemetry.refused(outcome, *self._held.hold(_line(outcome.record)))
+                    topic = outcome.record.topic
+                    # One partition of it may answer while another doesn't.
+                    if topic not in refused_topics and self._held_topics.clear(topic):
+                        self._telemetry.topic_accepted(topic)
+            elif isinstance(outcome, Retry) and outcome.scope is Scope.ROW:
+                self._telemetry.refused(outcome, *self._held.hold(_line(outcome.record)))
         for topic, retry in refused_topics.items():
-            self._telemetry.refused(retry, *self._held_topics.hold(topic))
+            self._telemetry.refused(replace(retry, scope=Scope.TOPIC), *self._held_topics.hold(topic))
 
     async def release(self) -> None:
         self._slots.set_ready(self._lane, False)
@@ -169,8 +174,9 @@ class PollingSource:
             locked = {row["id"] for row in await self._session.fetch(self._statements.unsettled, missed)}
             # Neither marked by us nor unsent: somebody deleted the row or marked it.
             settled.update(id_ for id_ in missed if id_ not in locked)
-            if locked:
-                self._telemetry.settle_postponed(sorted(locked))
+            if new := locked - self._postponed:
+                self._telemetry.settle_postponed(sorted(new))
+            self._postponed = locked
         return settled
 
     def _unsettled_slots(self, settled: set[int]) -> set[int]:
@@ -241,6 +247,19 @@ class PollingSource:
             del self._published[id_]
         if dropped:
             self._telemetry.claim_dropped(len(dropped), "published, but the slots were lost before they were marked")
+
+
+def _refused_topics(outcomes: Sequence[Outcome]) -> dict[str, Retry]:
+    """By topic an example of what was refused, for topics that can't be written to or refuse one row after another."""
+    refused: dict[str, Retry] = {}
+    rows: Counter[str] = Counter()
+    for outcome in outcomes:
+        if isinstance(outcome, Retry):
+            topic = outcome.record.topic
+            rows[topic] += 1
+            if outcome.scope is Scope.TOPIC or rows[topic] >= _MANY_REFUSED:
+                refused.setdefault(topic, outcome)
+    return refused
 
 
 def _line(record: Record) -> Line:

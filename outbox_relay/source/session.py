@@ -160,7 +160,9 @@ class Session:
             yield
         except _FAILURES as error:
             self.drop()
-            detail = str(error) or f"no answer within {self._database.statement_timeout_seconds} s"
+            # Only the first sentence: DETAIL may hold the row, with its key and payload.
+            said = error.args[0] if isinstance(error, asyncpg.PostgresError) and error.args else error
+            detail = str(said) or f"no answer within {self._database.statement_timeout_seconds} s"
             raise SourceUnavailableError(f"{doing}: {detail}") from error
         except asyncio.CancelledError:
             # A statement cancelled half-way may leave its backend holding locks.

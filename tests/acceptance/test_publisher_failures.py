@@ -204,7 +204,7 @@ async def test_closing_ends_in_time_in_the_middle_of_a_publish(kafka: Kafka, pro
         assert not publisher.ready
 
 
-async def test_a_passed_deadline_is_doubled_up_to_eightfold_until_kafka_answers_again(
+async def test_a_passed_deadline_doubles_the_topic_s_next_and_each_quick_answer_halves_it(
     kafka: Kafka, proxy: KafkaProxy
 ) -> None:
     topic = await new_topic(kafka, 1)
@@ -222,7 +222,15 @@ async def test_a_passed_deadline_is_doubled_up_to_eightfold_until_kafka_answers_
         assert kinds(await publisher.publish([record(1, topic=topic)], ours)) == [Delivered]
         proxy.swallowed.add(PRODUCE)
         await publisher.publish([record(2, topic=topic)], ours)
-        assert recorder.abandoned[5:] == [0.2]
+        # One answer doesn't show that Kafka is quick again.
+        assert recorder.abandoned[5:] == [0.8]
+        # Nor does an answer about another topic.
+        other = await new_topic(kafka, 1)
+        proxy.swallowed.clear()
+        assert kinds(await publisher.publish([record(3, topic=other)], ours)) == [Delivered]
+        proxy.swallowed.add(PRODUCE)
+        await publisher.publish([record(2, topic=topic)], ours)
+        assert recorder.abandoned[6:] == [1.6]
     assert await ids_in(kafka, topic) == [1]
 
 
