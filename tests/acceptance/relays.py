@@ -204,14 +204,25 @@ class Application:
     committed_rows: int = 0
     rolled_back_rows: int = 0
     _random: random.Random = field(default_factory=lambda: random.Random(1))
+    _names: list[str] = field(default_factory=list)
 
     async def prepare(self) -> None:
-        """Make the aggregates' table."""
+        """Make the aggregates' table. The keys are spread evenly over the slots, and so over relays that share them."""
         async with self._connection() as connection:
             await connection.execute("CREATE TABLE IF NOT EXISTS account (key text PRIMARY KEY, version int NOT NULL)")
-            await connection.execute(
-                "INSERT INTO account SELECT 'k' || n, 0 FROM generate_series(1, $1::int) AS n ON CONFLICT DO NOTHING",
+            rows = await connection.fetch(
+                """
+                SELECT name FROM (
+                    SELECT name, row_number() OVER (PARTITION BY hashtextextended(name, 0) & $2 ORDER BY n) AS turn
+                    FROM (SELECT n, 'k' || n AS name FROM generate_series(1, 100 * $1::int) AS n) AS names
+                ) AS spread ORDER BY turn, name LIMIT $1
+                """,
                 self.keys,
+                SLOTS - 1,
+            )
+            self._names = [row["name"] for row in rows]
+            await connection.execute(
+                "INSERT INTO account SELECT name, 0 FROM unnest($1::text[]) AS name ON CONFLICT DO NOTHING", self._names
             )
 
     async def write(self, rows: int, *, writers: int = 8) -> None:
@@ -231,7 +242,7 @@ class Application:
         await asyncio.gather(*(writer(number) for number in range(writers)))
 
     async def _transaction(self, connection: asyncpg.Connection, *, roll_back: bool) -> None:
-        keys = [f"k{self._random.randint(1, self.keys)}" for _ in range(self.transaction_rows)]
+        keys = self._random.choices(self._names, k=self.transaction_rows)
         transaction = connection.transaction()
         await transaction.start()
         # In one order, so that writers don't deadlock; and in a statement before the outbox's.
