@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -30,7 +29,6 @@ async def test_both_run_until_they_are_interrupted(kafka: Kafka, monkeypatch: py
             assert process.stdout is not None
             exported: dict[str, str] = {}
             while len(exported) < 2:
-                assert select.select([process.stdout], [], [], SECONDS)[0]
                 match = re.fullmatch(r"export (\w+)=(.+)\n", process.stdout.readline())
                 assert match is not None
                 exported[match[1]] = match[2]
