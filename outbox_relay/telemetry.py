@@ -228,9 +228,9 @@ class _Outage:
         self._met_by.discard(by)
         if self._began is None or self._met_by:
             return None
-        lasted, said = time.monotonic() - self._began, self._said
+        lasted = time.monotonic() - self._began
         self._began = self._said = None
-        return None if said is None else round(lasted, 1)
+        return round(lasted, 1)
 
 
 def _name(error: BaseException) -> str:
