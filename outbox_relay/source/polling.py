@@ -40,7 +40,8 @@ _LOCKED = Backoff(first_seconds=0.05, ceiling_seconds=1.0)
 # How long a last settle waits for a stranger's lock before the row is left to be published again.
 _LAST_SETTLE_SECONDS = 5.0
 
-#: A topic that refused so many rows of one claim waits as a whole: finding the next ones would hold up other topics.
+#: A topic that refused so many rows of one claim, and took none, waits as a whole: finding the next ones would hold up
+#: other topics.
 _MANY_REFUSED = 20
 
 #: What waits together: a ``(topic, key)``, or a row without a key by its id.
@@ -250,14 +251,15 @@ class PollingSource:
 
 
 def _refused_topics(outcomes: Sequence[Outcome]) -> dict[str, Retry]:
-    """By topic an example of what was refused, for topics that can't be written to or refuse one row after another."""
+    """By topic an example of what was refused, for topics that can't be written to or refuse row after row."""
     refused: dict[str, Retry] = {}
     rows: Counter[str] = Counter()
+    taken = {outcome.record.topic for outcome in outcomes if isinstance(outcome, Delivered)}
     for outcome in outcomes:
         if isinstance(outcome, Retry):
             topic = outcome.record.topic
             rows[topic] += 1
-            if outcome.scope is Scope.TOPIC or rows[topic] >= _MANY_REFUSED:
+            if outcome.scope is Scope.TOPIC or (rows[topic] >= _MANY_REFUSED and topic not in taken):
                 refused.setdefault(topic, outcome)
     return refused
 
