@@ -245,6 +245,7 @@ def test_a_key_outside_of_its_table_is_sent_there(file: Path) -> None:
         ("kafka", 'bootstrap_servers = "k:1"', "kafka.bootstrap_servers: must be a valid list"),
         ("kafka", 'bootstrap_servers = ["k:1", "k:x"]', "kafka.bootstrap_servers[1]: must be host:port"),
         ("kafka", 'bootstrap_servers = ["k:1,j:1"]', "kafka.bootstrap_servers[0]: must be host:port"),
+        ("kafka", 'bootstrap_servers = ["k:65536"]', "kafka.bootstrap_servers[0]: must be host:port"),
         ("relay", 'name = ""', "relay.name: must have at least 1 character"),
     ],
 )
