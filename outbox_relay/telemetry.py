@@ -101,8 +101,8 @@ class Telemetry:
     def slots_released(self, slots: Collection[int], owned: int) -> None:
         self._log.info("slots.released", slots=sorted(slots), owned=owned)
 
-    def slots_lost(self, slots: Collection[int], reason: str) -> None:
-        self._log.warning("slots.lost", slots=sorted(slots), reason=reason)
+    def slots_lost(self, slots: Collection[int], owned: int, reason: str) -> None:
+        self._log.warning("slots.lost", slots=sorted(slots), owned=owned, reason=reason)
 
     # -- rows
 

@@ -210,7 +210,7 @@ class Slots:
         gone = {slot for slot in slots if self._owned.pop(slot, None) is not None}
         self._surplus -= gone
         if gone:
-            self._telemetry.slots_lost(gone, reason)
+            self._telemetry.slots_lost(gone, len(self._owned), reason)
 
     # -- the heartbeat
 
@@ -258,8 +258,6 @@ class Slots:
         if wanted > 0 and row["free"]:
             taken = await self._session.fetch(TAKE, relay_id, row["free"], wanted, *gone)
             self._adopt(self._epochs() | {slot["slot"]: slot["epoch"] for slot in taken}, new=True)
-            if taken:
-                self._telemetry.slots_taken([slot["slot"] for slot in taken], len(self._owned))
         self._first_beat.set()
 
     async def _announced(self) -> int:
@@ -289,9 +287,12 @@ class Slots:
         """Make what is known here what the database says; with ``new``, also about slots not known yet."""
         gone = [slot for slot, owned in self._owned.items() if epochs.get(slot) != owned.epoch]
         self.lost(gone, "another relay has taken them")
-        for slot, epoch in epochs.items():
-            if new and slot not in self._owned:
-                self._owned[slot] = _Owned(epoch, self._emptiest_lane())
+        # Also what an earlier beat took without being told so, when its answer was lost.
+        gained = [slot for slot in epochs if slot not in self._owned] if new else []
+        for slot in gained:
+            self._owned[slot] = _Owned(epochs[slot], self._emptiest_lane())
+        if gained:
+            self._telemetry.slots_taken(gained, len(self._owned))
 
     def _emptiest_lane(self) -> int:
         lanes = [owned.lane for owned in self._owned.values()]

@@ -167,7 +167,7 @@ SLOTS = 16
 
 def owned(relay: RelayProcess) -> int:
     """How many slots it has, as it says."""
-    events = [event for event in relay.events() if event["event"] in ("slots.taken", "slots.released")]
+    events = [event for event in relay.events() if event["event"] in ("slots.taken", "slots.released", "slots.lost")]
     return int(events[-1]["owned"]) if events else 0
 
 
