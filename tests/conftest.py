@@ -41,12 +41,25 @@ class Database:
                 await connection.close(timeout=10)
 
 
+@contextlib.contextmanager
+def skipped_without_server() -> Iterator[None]:
+    """Where a server can't be downloaded its tests are skipped; with REQUIRE_SERVERS=1 they fail."""
+    try:
+        yield
+    except MavenUnreachableError as error:
+        if os.environ.get("REQUIRE_SERVERS") == "1":
+            raise
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     if os.environ.get("DATABASE_URL"):
         yield open_postgres()
         return
-    with PostgresServer.start(POSTGRES_SETTINGS) as server:
+    with skipped_without_server():
+        server = PostgresServer.start(POSTGRES_SETTINGS)
+    with server:
         yield Postgres(server.url(), server)
 
 
@@ -74,13 +87,8 @@ async def outbox_database(database: Database) -> Database:
 
 @pytest.fixture(scope="session")
 def kafka() -> Iterator[Kafka]:
-    """Apache Kafka; where it can't be had, the test is skipped, or with REQUIRE_KAFKA=1 fails."""
-    try:
+    with skipped_without_server():
         kafka = open_kafka()
-    except MavenUnreachableError as error:
-        if os.environ.get("REQUIRE_KAFKA") == "1":
-            raise
-        pytest.skip(str(error))
     try:
         yield kafka
     finally:
@@ -92,6 +100,7 @@ def fake_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """As where Maven can't be reached: an empty cache, and ``mvn`` and ``jgo`` in this directory only fail."""
     monkeypatch.setenv("OUTBOX_RELAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("KAFKA_BOOTSTRAP_SERVERS", raising=False)
+    monkeypatch.delenv("KAFKA_VERSION", raising=False)
     tools = tmp_path / "tools"
     (tools / "jgo").mkdir(parents=True)
     (tools / "jgo" / "__init__.py").touch()

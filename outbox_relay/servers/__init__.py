@@ -5,7 +5,7 @@ Whatever is started here ends with the process that started it, however that end
 
 from outbox_relay.servers.available import Kafka, Postgres, open_kafka, open_postgres
 from outbox_relay.servers.kafka import KafkaServer
-from outbox_relay.servers.kafka_jars import MavenUnreachableError
+from outbox_relay.servers.maven import MavenUnreachableError
 from outbox_relay.servers.mock_kafka import MockKafka
 from outbox_relay.servers.ports import free_port
 from outbox_relay.servers.postgres import PostgresServer

