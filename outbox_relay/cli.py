@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import asyncpg
 import click
 
-from outbox_relay import __version__, config, daemon, logs, schema
+from outbox_relay import __version__, config, daemon, logs, schema, status
 from outbox_relay.adoption import adoption_sql
 from outbox_relay.errors import ConfigError, OutboxRelayError, SourceUnavailableError
 
@@ -53,6 +54,28 @@ def validate(path: Path) -> None:
     with _failing_clearly():
         config.load(path)
     click.echo(f"{path}: no mistakes")
+
+
+@main.command("status")
+@click.option("--config", "path", type=click.Path(path_type=Path), required=True, help="The TOML file.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option(
+    "--window-seconds",
+    type=click.FloatRange(0.1, 60.0),
+    default=2.0,
+    show_default=True,
+    help="How long is counted for the rates.",
+)
+def show_status(path: Path, as_json: bool, window_seconds: float) -> None:
+    """Say what waits, who works on it, how fast, and when it will be gone; asks the database alone."""
+    with _failing_clearly():
+        settings = config.load(path)
+        database, table = daemon.database_of(settings), daemon.table_of(settings)
+        found = asyncio.run(status.read(database, table, lambda: asyncio.sleep(window_seconds)))
+    if as_json:
+        click.echo(json.dumps(found.as_dict()))
+    else:
+        click.echo("\n".join(status.as_tables(found) if sys.stdout.isatty() else status.as_lines(found)))
 
 
 @main.command()

@@ -50,22 +50,25 @@ SELECT CASE WHEN pg_backend_pid() = $2
             ELSE false END AS direct
 """
 
-# $1 is the asking relay, which is alive by asking. {missed} and {renewed_at} are those whose lock has been missed for
-# long enough, with when they were heard of last.
-_ALIVE = """peers AS MATERIALIZED (
-    SELECT r.relay_id, r.ready, r.renewed_at, r.direct AND NOT EXISTS (
+#: That nobody has the advisory lock of relay ``r``.
+UNLOCKED = """NOT EXISTS (
         SELECT FROM pg_locks l
         WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
           AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
           AND l.classid = 'outbox_relay'::regclass::oid
           AND l.objid::bigint = r.relay_id & 2147483647
-    ) AS unlocked
+    )"""
+
+# $1 is the asking relay, which is alive by asking. {missed} and {renewed_at} are those whose lock has been missed for
+# long enough, with when they were heard of last.
+_ALIVE = f"""peers AS MATERIALIZED (
+    SELECT r.relay_id, r.ready, r.renewed_at, r.direct AND {UNLOCKED} AS unlocked
     FROM outbox_relay r
     WHERE r.relay_id <> $1 AND r.renewed_at > now() - make_interval(secs => r.lease_seconds)
 ), alive AS MATERIALIZED (
     SELECT p.relay_id, p.ready FROM peers p
     WHERE NOT p.unlocked OR (p.relay_id, p.renewed_at) NOT IN (
-        SELECT m.relay_id, m.renewed_at FROM unnest({missed}::bigint[], {renewed_at}::timestamptz[])
+        SELECT m.relay_id, m.renewed_at FROM unnest({{missed}}::bigint[], {{renewed_at}}::timestamptz[])
             AS m (relay_id, renewed_at))
 )"""
 

@@ -43,7 +43,7 @@ class Statements:
         # Text whatever the type: a key may be a uuid, and a null topic would never be compared, nor seen.
         names = {
             "outbox": quoted(table.name),
-            "topic": _topic(table.topic),
+            "topic": topic_of(table.topic),
             "key": f"o.{quoted(table.key)}::text",
             "type": _text(table.type),
             "headers": _text(table.headers),
@@ -54,7 +54,7 @@ class Statements:
         next_ = _UNSENT.format(start="> (deep.bucket, deep.last_id)", of="deep.bucket", limit="$3", **names)
         self.settle = _SETTLE.format(**names)
         self.unsettled = _UNSETTLED.format(**names)
-        self.payload_type = _PAYLOAD_TYPE.format(outbox=_literal(names["outbox"]), payload=_literal(table.payload))
+        self.payload_type = _PAYLOAD_TYPE.format(outbox=literal(names["outbox"]), payload=literal(table.payload))
         payload = f"o.{quoted(table.payload)}"
         # A payload goes through as PostgreSQL prints it, and is never decoded by the relay.
         self.claim = {
@@ -68,7 +68,7 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -87,14 +87,14 @@ def created_at(column: str) -> str:
                 ELSE {time}::text END"""
 
 
-def _topic(template: str) -> str:
+def topic_of(template: str) -> str:
     """An expression of the template: ``outbox.event.{aggregatetype}`` and the like."""
     parts = []
     for text, column in re.findall(r"((?:[^{}]|\{\{|\}\})+)|\{([^{}]+)\}", template):
         if column:
             parts.append(f"coalesce({_text(column)}, '')")
         else:
-            parts.append(_literal(text.replace("{{", "{").replace("}}", "}")))
+            parts.append(literal(text.replace("{{", "{").replace("}}", "}")))
     return f"({' || '.join(parts)})"
 
 

@@ -24,7 +24,7 @@ import pytest
 import structlog
 from sqlalchemy import make_url
 
-from outbox_relay import schema
+from outbox_relay import schema, status
 from outbox_relay.message import Delivered, Released, Retry, Scope
 from outbox_relay.retry import Backoff
 from outbox_relay.servers import Postgres
@@ -388,6 +388,32 @@ async def test_what_waits_is_stepped_over(
             assert_unsettled_is_cheap(session, len(published))
         assert_claim_is_cheap(session, len(claim.records), buckets=slots * BUCKETS // SLOTS, stepped_over=waiting)
     await stranger.close()
+
+
+#: What status reads of a table, by the name of the statement: the index, and the most buffers that it may cost.
+STATUS = {
+    "count the backlog": ("outbox_unsent", 2 * status.MOST_COUNTED),
+    "last id": ("outbox_pkey", 10),
+    "count new rows": ("outbox_pkey", 10),
+    "oldest unsent row": ("outbox_unsent", 10 * BUCKETS),
+    "count by topic": ("outbox_unsent", 2 * status.MOST_LOOKED_AT),
+    "buckets with more": ("outbox_unsent", 2 * status.MOST_LOOKED_AT),
+    "count in windows": ("outbox_pkey", status.WINDOWS * status.WINDOW_IDS),
+}
+
+
+async def test_a_look_at_the_status_reads_a_bounded_number_of_rows(million: Million, outbox: State) -> None:
+    session = ExplainedSession(million.url)
+    found = await status.read_on(session, OUTBOX, lambda: asyncio.sleep(0))
+    await session.close()
+    assert found.backlog.is_exact == (outbox.unsent <= status.MOST_COUNTED)
+    assert found.backlog.rows == pytest.approx(outbox.unsent, rel=0 if found.backlog.is_exact else 0.1)
+    for label, (index, buffers) in STATUS.items():
+        for explained in (explained for explained in session.explained if explained.label == label):
+            assert explained.scans() == {index}, label
+            assert explained.buffers <= buffers, label
+    labels = {explained.label for explained in session.explained} & STATUS.keys()
+    assert labels == (STATUS.keys() if not found.backlog.is_exact else set(list(STATUS)[:5]))
 
 
 # -- an outbox that changes under a plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
@@ -11,9 +12,11 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import make_url
 
-from outbox_relay import cli, outbox, schema
+from outbox_relay import cli, outbox, schema, status
 from outbox_relay.outbox import Message
 from outbox_relay.servers import Kafka
+from outbox_relay.source import session
+from outbox_relay.source.statements import OUTBOX
 from tests.acceptance.relays import compare, drained, new_topic, relay_process
 from tests.conftest import Database
 
@@ -63,6 +66,13 @@ async def test_messages_flow_with_these_roles_alone(
     assert report.sound, report.describe()
     assert (report.committed, report.duplicates) == (501, 0)
     assert relay.events(level="warning") == []
+
+
+async def test_status_needs_no_more_than_the_relay(users: dict[str, str], outbox_database: Database) -> None:
+    await (await outbox_database.connect()).execute("INSERT INTO outbox (topic, key, payload) VALUES ('t', 'k', 'x')")
+    database = session.Database(users["outbox_relay"], 10.0, 10.0)
+    found = await status.read(database, OUTBOX, lambda: asyncio.sleep(0))
+    assert (found.backlog.rows, found.topics.most) == (1, [status.Topic("t", 1)])
 
 
 @pytest.mark.parametrize(

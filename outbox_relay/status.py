@@ -1,0 +1,461 @@
+"""What an operator asks first: what waits, who works on it, how fast, and when it will be gone.
+
+Read from the database alone, in two read-only snapshots a few seconds apart, and cheap however much waits: every
+statement reads a bounded number of rows, through ``outbox_unsent`` or the primary key. A backlog that is larger than
+what is counted is estimated: each bucket's oldest rows are counted, and what comes after them in evenly spaced windows
+of ids, which neither a busy key nor a row that waits from long ago misleads.
+
+There is no index on ``sent_at``. What was sent is what came in less what a counted backlog grew by; an estimate is too
+coarse for that, so there PostgreSQL's statistics say how many rows were updated, a second or so late.
+
+What isn't in the database isn't guessed: which rows a relay holds back is known to that relay alone, and in its log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import asyncpg
+
+from outbox_relay import schema
+from outbox_relay.source.session import Database, Session
+from outbox_relay.source.slots import UNLOCKED
+from outbox_relay.source.statements import OutboxTable, literal, quoted, topic_of
+
+#: A backlog is counted up to here, and estimated above.
+MOST_COUNTED = 100_000
+#: Of all buckets together so many rows are looked at for their topics, each bucket's oldest.
+MOST_LOOKED_AT = 64_000
+#: For an estimate, so many windows of so many ids.
+WINDOWS = 100
+WINDOW_IDS = 500
+#: The topics that have the most of these are told.
+MOST_TOPICS = 10
+#: No statement runs longer, whatever the relay may take.
+MOST_SECONDS = 5.0
+
+#: Smaller than any id but the smallest.
+_BEFORE_ALL = -(2**63)
+
+_SNAPSHOT = """
+-- begin a snapshot
+SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY
+"""
+
+# As for a claim: statistics of a mostly empty outbox are stale when a burst comes.
+_SETTINGS = """
+-- choose plans
+SELECT set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
+       set_config('jit', 'off', true)
+"""
+
+_COUNT = """
+-- count the backlog
+SELECT extract(epoch FROM now())::float8 AS at, count(*) AS rows
+FROM (SELECT FROM {outbox} o WHERE o.{sent_at} IS NULL LIMIT $1) AS unsent
+"""
+
+_LAST_ID = """
+-- last id
+SELECT o.{id} AS id FROM {outbox} o ORDER BY o.{id} DESC LIMIT 1
+"""
+
+_UPDATED = """
+-- rows ever updated
+SELECT pg_stat_get_tuples_updated({outbox_text}::regclass) AS rows
+"""
+
+_NEW = """
+-- count new rows
+SELECT count(*) AS rows FROM {outbox} o WHERE o.{id} > $1
+"""
+
+# A bucket's rows from the oldest on; a range of (bucket, id) as in a claim, for the same reason.
+_OLDEST_OF_BUCKETS = """generate_series(0, $1::integer - 1) AS every (bucket)
+CROSS JOIN LATERAL (
+    SELECT o.{{id}} AS id, {what} AS what FROM {{outbox}} o
+    WHERE (o.{{bucket}}, o.{{id}}) >= (every.bucket, -9223372036854775808)
+      AND (o.{{bucket}}, o.{{id}}) < (every.bucket + 1, -9223372036854775808)
+      AND o.{{sent_at}} IS NULL
+    ORDER BY o.{{bucket}}, o.{{id}}
+    LIMIT {limit}
+) AS oldest
+"""
+
+_AGE = f"""
+-- oldest unsent row
+SELECT extract(epoch FROM now() - min(oldest.what))::float8 AS seconds
+FROM {_OLDEST_OF_BUCKETS.format(what="{created_at}", limit="1")}"""
+
+_TOPICS = f"""
+-- count by topic
+SELECT oldest.what AS topic, count(*) AS rows, (sum(count(*)) OVER ())::bigint AS looked_at
+FROM {_OLDEST_OF_BUCKETS.format(what="{topic}", limit="$2")}
+GROUP BY oldest.what ORDER BY rows DESC, topic LIMIT $3
+"""
+
+_LONG_BUCKETS = f"""
+-- buckets with more
+SELECT every.bucket, max(oldest.id) AS last_id
+FROM {_OLDEST_OF_BUCKETS.format(what="NULL", limit="$2")}
+GROUP BY every.bucket HAVING count(*) = $2
+"""
+
+# num_nulls(…) = 1 is IS NULL in words from which the planner can't conclude that outbox_unsent would do.
+_IN_WINDOWS = """
+-- count in windows
+SELECT count(*) AS rows
+FROM generate_series($1::bigint, $2::bigint, $3::bigint) AS every (id)
+CROSS JOIN LATERAL (
+    SELECT o.{bucket} AS bucket, o.{id} AS id FROM {outbox} o
+    WHERE o.{id} > every.id AND o.{id} <= least(every.id + $4::bigint, $2::bigint) AND num_nulls(o.{sent_at}) = 1
+) AS unsent
+JOIN unnest($5::integer[], $6::bigint[]) AS long (bucket, last_id)
+  ON long.bucket = unsent.bucket AND unsent.id > long.last_id
+"""
+
+_ALIVE = "r.renewed_at > now() - make_interval(secs => r.lease_seconds)"
+
+_RELAYS = f"""
+-- relays
+SELECT r.relay_id, r.name, r.ready, CASE WHEN r.direct THEN NOT {UNLOCKED} END AS connected,
+       extract(epoch FROM now() - r.renewed_at)::float8 AS heartbeat_seconds,
+       ARRAY(SELECT s.slot FROM outbox_slot s WHERE s.owner = r.relay_id ORDER BY s.slot) AS slots
+FROM outbox_relay r WHERE {_ALIVE} ORDER BY r.relay_id
+"""
+
+_WITHOUT_OWNER = f"""
+-- slots without an owner
+SELECT s.slot FROM outbox_slot s
+WHERE s.owner IS NULL OR s.owner NOT IN (SELECT r.relay_id FROM outbox_relay r WHERE {_ALIVE}) ORDER BY s.slot
+"""
+
+
+# -- the answer; its fields are those of the JSON, and stable
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """``rows`` is an estimate where ``is_exact`` is false. ``oldest_seconds`` is None without rows, and
+    where the table doesn't say when a row was created."""
+
+    rows: int
+    is_exact: bool
+    oldest_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """``rows`` of those that were looked at."""
+
+    topic: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """Of the oldest rows of each bucket, ``rows_looked_at`` in all, the topics that have most."""
+
+    rows_looked_at: int
+    most: list[Topic]
+
+
+@dataclass(frozen=True, slots=True)
+class RelayAlive:
+    """One whose lease hasn't run out. ``ready``: it reaches Kafka. ``connected``: its session is there; None behind a
+    connection pooler, where that isn't known."""
+
+    relay_id: int
+    name: str
+    ready: bool
+    connected: bool | None
+    heartbeat_seconds: float
+    slots: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotsOwned:
+    """Rows of a slot without a living owner wait."""
+
+    count: int
+    without_owner: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Over the last ``over_seconds``."""
+
+    over_seconds: float
+    inserted_per_second: float
+    sent_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """``state``: ``empty``, ``shrinking``, ``standing`` or ``growing``. ``empty_in_seconds`` is told of a
+    shrinking backlog: rows ÷ (sent less inserted, a second)."""
+
+    state: str
+    empty_in_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    backlog: Backlog
+    topics: Topics
+    relays: list[RelayAlive]
+    slots: SlotsOwned
+    rates: Rates
+    forecast: Forecast
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# -- reading it
+
+
+class _Statements:
+    def __init__(self, table: OutboxTable) -> None:
+        names = {
+            "outbox": quoted(table.name),
+            "outbox_text": literal(quoted(table.name)),
+            "topic": topic_of(table.topic),
+            "created_at": f"o.{quoted(table.created_at)}::timestamptz" if table.created_at else "NULL::timestamptz",
+            **{name: quoted(getattr(table, name)) for name in ("id", "sent_at", "bucket")},
+        }
+        self.count = _COUNT.format(**names)
+        self.last_id = _LAST_ID.format(**names)
+        self.new = _NEW.format(**names)
+        self.age = _AGE.format(**names)
+        self.topics = _TOPICS.format(**names)
+        self.long_buckets = _LONG_BUCKETS.format(**names)
+        self.in_windows = _IN_WINDOWS.format(**names)
+        self.updated = _UPDATED.format(**names)
+
+
+async def read(database: Database, table: OutboxTable, window: Callable[[], Awaitable[None]]) -> Status:
+    """The status now, with rates since before ``window``, which is waited for.
+
+    Raises SourceUnavailableError, and SchemaError where there is no outbox that this release can work with.
+    """
+    bounded = replace(database, statement_timeout_seconds=min(MOST_SECONDS, database.statement_timeout_seconds))
+    session = Session(bounded, "outbox-relay status")
+    try:
+        return await read_on(session, table, window)
+    finally:
+        await session.close()
+
+
+async def read_on(session: Session, table: OutboxTable, window: Callable[[], Awaitable[None]]) -> Status:
+    """As :func:`read`, on a session that is there."""
+    statements = _Statements(table)
+    async with _snapshot(session):
+        with session.unavailable("read outbox_layout"):
+            layout = await schema.verify(await session.connection())
+        before = await _counted(session, statements)
+    await window()
+    async with _snapshot(session):
+        after = await _counted(session, statements)
+        new = await _one(session, statements.new, before.last_id)
+        age = (await _one(session, statements.age, layout.buckets))["seconds"]
+        share = MOST_LOOKED_AT // layout.buckets
+        topics = await session.fetch(statements.topics, layout.buckets, share, MOST_TOPICS)
+        looked_at = topics[0]["looked_at"] if topics else 0
+        rows = after.rows
+        if not after.is_exact:
+            rows = max(
+                rows, looked_at + await _estimated_rest(session, statements, layout.buckets, share, after.last_id)
+            )
+        relays = await session.fetch(_RELAYS)
+        without_owner = await session.fetch(_WITHOUT_OWNER)
+    rates = rates_of(before, after, new["rows"])
+    return Status(
+        Backlog(rows, after.is_exact, None if age is None else max(0.0, age)),
+        Topics(looked_at, [Topic(topic["topic"], topic["rows"]) for topic in topics]),
+        [RelayAlive(**relay) for relay in relays],
+        SlotsOwned(layout.slots, [row["slot"] for row in without_owner]),
+        rates,
+        forecast_of(rows, rates),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Of one moment: the unsent rows, counted as far as is allowed, the last id, the rows ever updated."""
+
+    at: float
+    rows: int
+    last_id: int
+    updated: int
+
+    @property
+    def is_exact(self) -> bool:
+        return self.rows <= MOST_COUNTED
+
+
+async def _counted(session: Session, statements: _Statements) -> Counted:
+    count = await _one(session, statements.count, MOST_COUNTED + 1)
+    last = await session.fetch(statements.last_id)
+    updated = await _one(session, statements.updated)
+    return Counted(count["at"], count["rows"], last[0]["id"] if last else _BEFORE_ALL, updated["rows"])
+
+
+async def _estimated_rest(session: Session, statements: _Statements, buckets: int, share: int, last_id: int) -> int:
+    """About how many unsent rows come after the oldest ``share`` of their bucket."""
+    long = await session.fetch(statements.long_buckets, buckets, share)
+    if not long:
+        return 0
+    first_id = min(bucket["last_id"] for bucket in long)
+    step = max(WINDOW_IDS, -(-(last_id - first_id) // WINDOWS))
+    bounds = [bucket["bucket"] for bucket in long], [bucket["last_id"] for bucket in long]
+    found = await _one(session, statements.in_windows, first_id, last_id, step, WINDOW_IDS, *bounds)
+    return int(found["rows"] * step // WINDOW_IDS)
+
+
+@contextlib.asynccontextmanager
+async def _snapshot(session: Session) -> AsyncIterator[None]:
+    async with session.transaction():
+        await session.fetch(_SNAPSHOT)
+        await session.fetch(_SETTINGS)
+        yield
+
+
+async def _one(session: Session, statement: str, *arguments: Any) -> asyncpg.Record:
+    (row,) = await session.fetch(statement, *arguments)
+    return row
+
+
+def rates_of(before: Counted, after: Counted, new: int) -> Rates:
+    """``new`` rows have ids from after ``before``."""
+    seconds = max(0.001, after.at - before.at)
+    if not (before.is_exact and after.is_exact):
+        return Rates(seconds, new / seconds, (after.updated - before.updated) / seconds)
+    growth = after.rows - before.rows
+    # A row whose transaction was long has an id from before; it shows in the backlog at least.
+    inserted = max(new, growth)
+    return Rates(seconds, inserted / seconds, (inserted - growth) / seconds)
+
+
+def forecast_of(rows: int, rates: Rates) -> Forecast:
+    if not rows:
+        return Forecast("empty", None)
+    faster = rates.sent_per_second - rates.inserted_per_second
+    if faster > 0:
+        return Forecast("shrinking", rows / faster)
+    return Forecast("growing" if faster < 0 else "standing", None)
+
+
+# -- showing it
+
+
+def as_lines(status: Status) -> Iterator[str]:
+    """Plain text: a fact a line, by the same names as in the JSON."""
+    return _facts("", status.as_dict())
+
+
+def _facts(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for inner, of_inner in value.items():
+            yield from _facts(f"{name}.{inner}" if name else inner, of_inner)
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for number, item in enumerate(value):
+            yield from _facts(f"{name}.{number}", item)
+    elif isinstance(value, list):
+        yield f"{name} {' '.join(map(str, value)) or '-'}"
+    else:
+        yield f"{name} {_fact(value)}"
+
+
+def _fact(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.1f}" if isinstance(value, float) else _printable(str(value))
+
+
+def as_tables(status: Status) -> Iterator[str]:
+    """For a person: sentences, and tables with a heading each."""
+    backlog, rates = status.backlog, status.rates
+    rows = f"{'' if backlog.is_exact else 'about '}{backlog.rows:,} rows"
+    age = "" if backlog.oldest_seconds is None else f", the oldest {_span(backlog.oldest_seconds)} old"
+    yield f"Backlog   {rows}{age}"
+    yield (
+        f"Rates     {rates.inserted_per_second:,.1f}/s inserted, {rates.sent_per_second:,.1f}/s sent"
+        f" (over {rates.over_seconds:.1f} s)"
+    )
+    yield f"Forecast  {_in_words(status.forecast)}"
+    alone = status.slots.without_owner
+    yield (
+        f"Slots     {status.slots.count - len(alone)} of {status.slots.count} owned"
+        f"{f'; the rows of these wait: {_numbers(alone)}' if alone else ''}"
+    )
+    if status.topics.most:
+        looked_at = status.topics.rows_looked_at
+        yield ""
+        heading = "ROWS" if backlog.is_exact and looked_at >= backlog.rows else f"ROWS OF THE {looked_at:,} LOOKED AT"
+        yield from _table(
+            ["TOPIC", heading], [[_printable(topic.topic), f"{topic.rows:,}"] for topic in status.topics.most]
+        )
+    yield ""
+    if not status.relays:
+        yield "No relay is alive."
+        return
+    words = {True: "yes", False: "lost", None: "pooled"}
+    yield from _table(
+        ["RELAY", "ID", "REACHES KAFKA", "CONNECTED", "HEARTBEAT", "SLOTS"],
+        [
+            [
+                _printable(relay.name),
+                str(relay.relay_id),
+                "yes" if relay.ready else "no",
+                words[relay.connected],
+                f"{_span(relay.heartbeat_seconds)} ago",
+                _numbers(relay.slots) or "-",
+            ]
+            for relay in status.relays
+        ],
+    )
+
+
+def _table(heading: list[str], rows: list[list[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
+    for row in (heading, ["─" * width for width in widths], *rows):
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _in_words(forecast: Forecast) -> str:
+    if forecast.empty_in_seconds is not None:
+        return f"shrinking; gone in {_span(forecast.empty_in_seconds)} at these rates"
+    return {
+        "empty": "nothing waits",
+        "standing": "standing: no more goes out than comes in",
+        "growing": "growing: more comes in than goes out",
+    }[forecast.state]
+
+
+def _span(seconds: float) -> str:
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _numbers(numbers: list[int]) -> str:
+    """0 1 2 5 as 0-2 5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _printable(text: str) -> str:
+    """No name in the database steers a terminal."""
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
