@@ -14,7 +14,7 @@ from pathlib import Path
 import asyncpg
 import click
 
-from outbox_relay import __version__, config, daemon, logs, schema, status
+from outbox_relay import __version__, addresses, config, daemon, logs, schema, status
 from outbox_relay.adoption import adoption_sql
 from outbox_relay.errors import ConfigError, OutboxRelayError, SourceUnavailableError
 
@@ -118,7 +118,7 @@ def schema_apply(path: Path | None, database_url: str | None) -> None:
         if path is not None:
             connect = daemon.database_of(config.load(path)).connect_to_schema("outbox-relay schema")
         elif database_url is not None:
-            connect = asyncpg.connect(config.checked_url(database_url), timeout=10)
+            connect = asyncpg.connect(addresses.checked_url(database_url), timeout=10)
         else:
             raise ConfigError(["which database is meant? Give --config or --database-url, or set DATABASE_URL"])
         applied = asyncio.run(_apply(connect))

@@ -12,26 +12,20 @@ import re
 import socket
 from collections.abc import Callable, Mapping
 from importlib import import_module, util
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from outbox_relay import config_file
-from outbox_relay.errors import ConfigError
+from outbox_relay.addresses import host_and_port, host_of, is_local, postgresql_url, url_hosts
 from outbox_relay.tls import Tls
 
 # PostgreSQL counts in whole milliseconds, and takes 0 for no timeout at all.
 Seconds = Annotated[float, Field(ge=0.001, le=86_400, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 
-# 1 to 65535.
-_PORT = r"(:(?:[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5]))?"
-_HOST_AND_PORT = re.compile(rf"(\[[0-9A-Fa-f:.%]+\]|[^\s:/@,\[\]]+){_PORT}")
 _TOPIC_OR_PREFIX = re.compile(r"[a-zA-Z0-9._-]{1,249}\*?|\*")
-_LOCAL_NAMES = ("localhost", "localhost.localdomain")
 
 
 class _Table(BaseModel):
@@ -42,7 +36,10 @@ class _Table(BaseModel):
 
 
 def _path(value: str, info: ValidationInfo) -> Path:
-    path = Path(value).expanduser()
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{value}: there is no such user here") from error
     directory = (info.context or {}).get("directory")
     return directory / path if directory is not None else path
 
@@ -99,96 +96,6 @@ def _at_least(lower: str, times: int = 1) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _url_parts(url: str, expected: str) -> SplitResult:
-    """The parts of a PostgreSQL url; ValueError with what was expected.
-
-    Checked here, since what asyncpg says of a url that it can't read may hold a part of the password.
-    """
-    problem = ValueError(expected)
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        raise problem from None
-    before, at, after = parts.netloc.partition("@")
-    # Several hosts are tried in turn. None at all, or one that is a path, is a Unix socket.
-    hosts = [host for host in (after if at else before).split(",") if host and not host.startswith("%2F")]
-    sound = (
-        all(_HOST_AND_PORT.fullmatch(host) for host in hosts) and "@" not in parts.path + parts.query + parts.fragment
-    )
-    if parts.scheme not in ("postgresql", "postgres") or not sound:
-        raise problem
-    return parts
-
-
-def _postgresql_url(url: str) -> str:
-    parts = _url_parts(
-        url, "must be postgresql://user@host:port/database, with any of / ? # @ : % in the user percent-encoded"
-    )
-    before, at, _ = parts.netloc.partition("@")
-    for key in parse_qs(parts.query, keep_blank_values=True):
-        if advice := _ELSEWHERE.get("ssl" if key.startswith("ssl") else key):
-            raise ValueError(f"{key} has no place in the url: {advice}")
-    if at and ":" in before and not all(map(is_local, url_hosts(url))):
-        raise ValueError('holds a password: take it out, and set password = { env = "NAME" } or { file = "/path" }')
-    return url
-
-
-def checked_url(url: str) -> str:
-    """The url of a command line or the environment, where it may hold a password. Raises ConfigError."""
-    expected = (
-        "the database's url must be postgresql://user:password@host:port/database,"
-        " with any of / ? # @ : % in the user or password percent-encoded"
-    )
-    try:
-        _url_parts(url, expected)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-    return url
-
-
-#: What a url may not say, since it is said elsewhere.
-_ELSEWHERE = {
-    "ssl": "set tls and the tls_… keys instead",
-    "password": 'set password = { env = "NAME" } or { file = "/path" } instead',
-    "passfile": 'set password = { file = "/path" } instead',
-    "service": "name the host, the user and the database",
-    "target_session_attrs": "of several hosts the relay takes one that can be written to, whatever is set",
-}
-
-
-def url_hosts(url: str) -> list[str]:
-    """The hosts of a PostgreSQL url, without ports; a Unix socket is a path, or nothing at all."""
-    parts = urlsplit(url)
-    named = parts.netloc.rpartition("@")[2] or ",".join(parse_qs(parts.query).get("host", []))
-    named = unquote(named) or os.environ.get("PGHOST", "")
-    return [host_of(address) for address in named.split(",") if address]
-
-
-def host_of(address: str) -> str:
-    """``host:port`` without the port, and an IPv6 address without its brackets."""
-    if address.startswith("/"):
-        return address
-    if address.startswith("["):
-        return address[1:].partition("]")[0]
-    return address.partition(":")[0]
-
-
-def is_local(host: str) -> bool:
-    """Whether what is sent there stays on this machine."""
-    if host.startswith("/") or host.lower() in _LOCAL_NAMES:
-        return True
-    try:
-        return ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
-
-
-def _host_and_port(address: str) -> str:
-    if not _HOST_AND_PORT.fullmatch(address):
-        raise ValueError("must be host:port")
-    return address
-
-
 def _installed(compression: str) -> str:
     if compression not in ("none", "gzip") and util.find_spec("cramjam") is None:
         raise ValueError(f"{compression} needs a package that isn't here: pip install 'outbox-relay[compression]'")
@@ -216,6 +123,9 @@ def load_provider(name: str) -> Callable[[], Any]:
         provider = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"can't be imported: {error}") from None
+    except Exception as error:
+        # Of the module itself, and without its text, which may hold a secret.
+        raise ValueError(f"can't be imported: {module} fails with {type(error).__name__}") from None
     if not callable(provider):
         raise ValueError(f"{name} is no function")  # noqa: TRY004 (pydantic takes a TypeError for a defect)
     found: Callable[[], Any] = provider
@@ -322,7 +232,7 @@ _CERTIFICATE = _needs(lambda data: data["tls_cert_file"] is not None, "tls_cert_
 class DatabaseConfig(_Table):
     """``[database]``"""
 
-    url: Annotated[str, AfterValidator(_postgresql_url)]
+    url: Annotated[str, AfterValidator(postgresql_url)]
     password: Secret | None = None
     connect_timeout_seconds: Seconds = 10.0
     statement_timeout_seconds: Seconds = 30.0
@@ -345,7 +255,7 @@ class DatabaseConfig(_Table):
 class KafkaConfig(_Table):
     """``[kafka]``"""
 
-    bootstrap_servers: Annotated[list[Annotated[str, AfterValidator(_host_and_port)]], Field(min_length=1)]
+    bootstrap_servers: Annotated[list[Annotated[str, AfterValidator(host_and_port)]], Field(min_length=1)]
     client_id: Text = "outbox-relay"
     allowed_topics: Annotated[list[Annotated[str, AfterValidator(_topic_or_prefix)]] | None, Field(min_length=1)] = None
     compression: Annotated[Literal["none", "gzip", "snappy", "lz4", "zstd"], AfterValidator(_installed)] = "none"

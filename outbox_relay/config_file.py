@@ -39,6 +39,9 @@ def load(path: Path, type_: type[M]) -> M:
         raise ConfigError([f"{path}: must be UTF-8, and byte {error.start} isn't"]) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([_not_toml(path, error)]) from error
+    except (ValueError, RecursionError) as error:
+        # Of Python itself: a number of thousands of digits, or as many brackets in one another.
+        raise ConfigError([f"{path}: can't be read: a number is too long, or tables are too deep"]) from error
     try:
         return type_.model_validate(values, context={"directory": path.absolute().parent})
     except ValidationError as error:
@@ -47,13 +50,21 @@ def load(path: Path, type_: type[M]) -> M:
     told = [(_line(lines, place), place, problem) for mistake in mistakes for place, problem in _told(mistake, type_)]
     # Outside of the handler, for pydantic's own message holds the values.
     raise ConfigError(
-        [f"{path}{f':{line}' if line else ''}: {'.'.join(place)}: {problem}" for line, place, problem in _sorted(told)]
+        [
+            f"{path}{f':{line}' if line else ''}: {_printable('.'.join(place))}: {_printable(problem)}"
+            for line, place, problem in _sorted(told)
+        ]
     )
 
 
 def _sorted(told: list[tuple[int, Place, str]]) -> list[tuple[int, Place, str]]:
     """In the order of the file; what isn't in it comes last."""
     return sorted(told, key=lambda one: one[0] or _MOST_LINES + 1)
+
+
+def _printable(text: str) -> str:
+    """One line, whatever keys are called."""
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
 
 
 # -- where
