@@ -263,8 +263,9 @@ def refusals() -> Iterator[tuple[Path, int]]:
         for function in ast.walk(ast.parse(source(module).read_text())):
             if isinstance(function, ast.FunctionDef):
                 for node in ast.walk(function):
-                    tells = isinstance(node, ast.Raise) or (isinstance(node, ast.Yield) and function.name == "_told")
-                    if tells and not ast.unparse(node).startswith(NOT_OF_VALIDATE):
+                    if not isinstance(node, (ast.Raise, ast.Yield) if function.name == "_told" else ast.Raise):
+                        continue
+                    if not ast.unparse(node).startswith(NOT_OF_VALIDATE):
                         yield source(module), node.lineno
 
 
