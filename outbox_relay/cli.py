@@ -7,15 +7,18 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Awaitable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import asyncpg
 import click
 
 from outbox_relay import __version__, addresses, config, daemon, logs, schema, status
 from outbox_relay.adoption import adoption_sql
+from outbox_relay.checks import findings
 from outbox_relay.errors import ConfigError, OutboxRelayError, SourceUnavailableError
 
 #: sysexits.h: the configuration is at fault (EX_CONFIG), or a service isn't there (EX_UNAVAILABLE).
@@ -41,10 +44,7 @@ def run(path: Path, once: bool) -> None:
         settings = config.load(path)
         logs.configure(settings.log.level, settings.log.format)
         code = asyncio.new_event_loop().run_until_complete(daemon.run(settings, once=once))
-    # The daemon has closed what it has. asyncio.run and sys.exit would wait for threads too, and one may be asking a
-    # name server that doesn't answer.
-    logging.shutdown()
-    os._exit(code)
+    _exit(code)
 
 
 @main.command()
@@ -76,6 +76,25 @@ def show_status(path: Path, as_json: bool, window_seconds: float) -> None:
         click.echo(json.dumps(found.as_dict()))
     else:
         click.echo("\n".join(status.as_tables(found) if sys.stdout.isatty() else status.as_lines(found)))
+
+
+@main.command()
+@click.option("--config", "path", type=click.Path(path_type=Path), required=True, help="The TOML file.")
+@click.option("--json", "as_json", is_flag=True, help="The findings as one JSON object.")
+def check(path: Path, as_json: bool) -> None:
+    """Connect to PostgreSQL and Kafka, change nothing, and say what is wrong and what to do about it."""
+    with _failing_clearly():
+        settings = config.load(path)
+        # What libraries have to say of a failure is among the findings.
+        logging.disable()
+        found = asyncio.new_event_loop().run_until_complete(daemon.check(settings))
+    if as_json:
+        click.echo(findings.as_json(found))
+    elif sys.stdout.isatty():
+        click.echo(findings.as_table(found, shutil.get_terminal_size().columns))
+    else:
+        click.echo(findings.as_lines(found))
+    _exit(findings.exit_code(found))
 
 
 @main.command()
@@ -133,6 +152,15 @@ def schema_adopt(path: Path, order_by: str | None) -> None:
     with _failing_clearly():
         table = daemon.table_of(config.load(path))
     click.echo(adoption_sql(table, order_by), nl=False)
+
+
+def _exit(code: int) -> NoReturn:
+    """At once, all that it has being closed. asyncio.run and sys.exit would wait for threads too, and one may be asking
+    a name server that doesn't answer.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 async def _apply(connect: Awaitable[asyncpg.Connection]) -> schema.Applied:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
-from outbox_relay import __version__, schema
+from outbox_relay import __version__, checks, schema
 from outbox_relay.config import Config, load_provider
 from outbox_relay.errors import SchemaError, SourceUnavailableError
 from outbox_relay.kafka_security import KafkaSecurity
@@ -88,6 +88,28 @@ def kafka_security_of(config: Config) -> KafkaSecurity:
         password=kafka.sasl_password.read if kafka.sasl_password is not None else None,
         token=load_provider(kafka.sasl_token_provider) if kafka.sasl_token_provider is not None else None,
     )
+
+
+async def check(config: Config) -> list[checks.Finding]:
+    """What is wrong with the servers and the tables that the configuration names."""
+    kafka = config.kafka
+    needs = checks.Needs(
+        # A lane has one, and the heartbeat.
+        connections=config.relay.claims_in_flight + 1,
+        statement_timeout_seconds=config.database.statement_timeout_seconds,
+        publish_deadline_seconds=kafka.publish_deadline_seconds,
+    )
+    settings = checks.KafkaSettings(
+        kafka.bootstrap_servers,
+        kafka_security_of(config),
+        client_id=kafka.client_id,
+        allowed_topics=kafka.allowed_topics,
+        compression=kafka.compression,
+        batch_bytes=kafka.batch_bytes,
+        connect_timeout_seconds=kafka.connect_timeout_seconds,
+        request_timeout_seconds=kafka.request_timeout_seconds,
+    )
+    return await checks.run(database_of(config), table_of(config), needs, settings)
 
 
 async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once: bool) -> int:

@@ -28,7 +28,7 @@ from outbox_relay.telemetry import Telemetry
 
 #: A broker closes the connection on a request above its ``socket.request.max.bytes``, by default 100 MiB, instead of
 #: answering, and would on every later try. Measured before compression, as Java's client does, with room for names.
-_REQUEST_BYTES = 99 * 1024 * 1024
+REQUEST_BYTES = 99 * 1024 * 1024
 #: A publish deadline that passed is lengthened for the next try, up to this many times its setting.
 _LONGEST_DEADLINE = 8
 #: How often is looked whether there is still something to wait for.
@@ -142,7 +142,7 @@ class KafkaPublisher:
             raise PublisherUnavailableError(f"connect to Kafka: {problem}") from error
 
     async def publish(self, records: Sequence[Record], is_ours: Callable[[], bool]) -> list[Outcome]:
-        publication = Publication(records, batch_bytes=self._batch_bytes, request_bytes=_REQUEST_BYTES)
+        publication = Publication(records, batch_bytes=self._batch_bytes, request_bytes=REQUEST_BYTES)
         try:
             if self.ready and await self._enqueue(publication, records):
                 await self._send_all(publication, is_ours)
@@ -161,7 +161,7 @@ class KafkaPublisher:
         """Find each record its partition; False when Kafka had to be asked for that and didn't answer."""
         assert self._producer is not None
         producer = self._producer
-        topics = {topic for topic in publication.topics if self._is_allowed(topic)}
+        topics = {topic for topic in publication.topics if is_allowed(topic, self._allowed_topics)}
         for topic in publication.topics - topics:
             publication.refuse_topic(topic, "TopicNotAllowed", "add it to kafka.allowed_topics, if it is meant")
         if any(self._lacks_something(topic) for topic in topics) and not await producer.refresh():
@@ -177,12 +177,6 @@ class KafkaPublisher:
                 number = self._keyless_turn % count if record.key is None else partition_for(record.key, count)
                 publication.add((record.topic, number), record)
         return True
-
-    def _is_allowed(self, topic: str) -> bool:
-        return self._allowed_topics is None or any(
-            topic.startswith(allowed[:-1]) if allowed.endswith("*") else topic == allowed
-            for allowed in self._allowed_topics
-        )
 
     def _lacks_something(self, topic: str) -> bool:
         """Whether the topic is missing or a partition has no leader, as far as is known."""
@@ -223,7 +217,7 @@ class KafkaPublisher:
         sent: dict[asyncio.Future[object], Partition] = {}
         doubtful = False
         for partition, batch in round_.items():
-            too_large = size_bytes(batch[0]) > _REQUEST_BYTES
+            too_large = size_bytes(batch[0]) > REQUEST_BYTES
             obstacle = kafka_errors.RecordTooLargeError() if too_large else producer.obstacle(partition)
             if obstacle is not None:
                 answers[partition] = obstacle
@@ -314,6 +308,13 @@ class KafkaPublisher:
         producer, self._producer = self._producer, None
         if producer is not None:
             await producer.abandon()
+
+
+def is_allowed(topic: str, allowed_topics: Collection[str] | None) -> bool:
+    """``allowed_topics`` are names, and prefixes that end in ``*``; None allows every topic."""
+    return allowed_topics is None or any(
+        topic.startswith(allowed[:-1]) if allowed.endswith("*") else topic == allowed for allowed in allowed_topics
+    )
 
 
 def _name(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from outbox_relay.tls import Tls
 #: What a lost database looks like. OSError and TimeoutError come from sockets, UnicodeError for a host that can't be
 #: one, the rest from asyncpg, the last one too: so it answers a statement on a session that the server has ended, after
 #: idling in a transaction for example.
-_FAILURES = (
+FAILURES = (
     OSError,
     TimeoutError,
     UnicodeError,
@@ -46,8 +46,8 @@ class Database:
     tls: Tls | None = None
     schema: str = ""
 
-    async def connect(self, application_name: str) -> asyncpg.Connection:
-        """A new connection to a server that can be written to. Raises asyncpg's errors and OSError."""
+    async def connect(self, application_name: str, *, statement_cache_size: int = 100) -> asyncpg.Connection:
+        """A new connection to a server that can be written to. Raises what is among ``FAILURES``."""
         return await asyncpg.connect(
             self.url,
             password=self.password,
@@ -56,6 +56,7 @@ class Database:
             target_session_attrs="read-write",
             timeout=self.connect_timeout_seconds,
             command_timeout=self.statement_timeout_seconds,
+            statement_cache_size=statement_cache_size,
             server_settings={"application_name": application_name},
         )
 
@@ -146,7 +147,7 @@ class Session:
         if connection is not None:
             try:
                 await connection.close(timeout=self._database.connect_timeout_seconds)
-            except _FAILURES:
+            except FAILURES:
                 connection.terminate()
 
     def _remember_warning(self, _: Any, message: asyncpg.PostgresLogMessage) -> None:
@@ -158,7 +159,7 @@ class Session:
         """Turn any failure of the database within the block into SourceUnavailableError, and drop the session."""
         try:
             yield
-        except _FAILURES as error:
+        except FAILURES as error:
             self.drop()
             # Only the first sentence: DETAIL may hold the row, with its key and payload.
             said = error.args[0] if isinstance(error, asyncpg.PostgresError) and error.args else error

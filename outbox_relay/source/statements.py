@@ -35,6 +35,9 @@ class OutboxTable:
 #: As ``schema.sql`` has it.
 OUTBOX = OutboxTable()
 
+#: Of a template: fixed text, or the name of a column.
+_TEMPLATE = re.compile(r"((?:[^{}]|\{\{|\}\})+)|\{([^{}]+)\}")
+
 
 class Statements:
     """The statements over one table; ``claim`` depends on the type of the payload, which ``payload_type`` asks for."""
@@ -87,10 +90,15 @@ def created_at(column: str) -> str:
                 ELSE {time}::text END"""
 
 
+def topic_columns(template: str) -> list[str]:
+    """The columns that a template of topics names."""
+    return [column for _, column in _TEMPLATE.findall(template) if column]
+
+
 def topic_of(template: str) -> str:
     """An expression of the template: ``outbox.event.{aggregatetype}`` and the like."""
     parts = []
-    for text, column in re.findall(r"((?:[^{}]|\{\{|\}\})+)|\{([^{}]+)\}", template):
+    for text, column in _TEMPLATE.findall(template):
         if column:
             parts.append(f"coalesce({_text(column)}, '')")
         else:

@@ -38,7 +38,7 @@ class RelayProcess:
         self._arguments = arguments
         self.name: str = config["relay"]["name"]
         path = self._guarded.directory / "config.toml"
-        path.write_text(_toml(config))
+        path.write_text(toml(config))
         self._command = [sys.executable, "-m", "outbox_relay", "run", "--config", str(path), *arguments]
         self._read_to = 0
         self._events: list[Event] = []
@@ -147,7 +147,7 @@ def relay_process(
         process.close()
 
 
-def _toml(config: Mapping[str, Mapping[str, Any]]) -> str:
+def toml(config: Mapping[str, Mapping[str, Any]]) -> str:
     tables = (
         f"[{name}]\n" + "".join(f"{key} = {_value(value)}\n" for key, value in table.items())
         for name, table in config.items()

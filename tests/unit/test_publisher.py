@@ -266,7 +266,7 @@ async def test_a_record_that_no_broker_takes_is_refused_unsent_behind_those_befo
 ) -> None:
     broker = Broker()
     publisher = await connected(broker, monkeypatch)
-    monkeypatch.setattr(publisher_module, "_REQUEST_BYTES", 10_000)
+    monkeypatch.setattr(publisher_module, "REQUEST_BYTES", 10_000)
     records = [record(1), record(2, value=bytes(10_001)), record(3), record(4, "other")]
     outcomes = await publisher.publish(records, ours)
     assert [type(outcome) for outcome in outcomes] == [Delivered, Retry, Released, Delivered]
@@ -279,7 +279,7 @@ async def test_a_record_that_no_broker_takes_is_refused_unsent_behind_those_befo
 async def test_the_batches_of_a_round_fit_into_one_request_together(monkeypatch: pytest.MonkeyPatch) -> None:
     broker = Broker({"t": 6})
     publisher = await connected(broker, monkeypatch)
-    monkeypatch.setattr(publisher_module, "_REQUEST_BYTES", 3_000)
+    monkeypatch.setattr(publisher_module, "REQUEST_BYTES", 3_000)
     rounds: list[int] = []
     next_round = Publication.next_round
 

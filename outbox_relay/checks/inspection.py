@@ -1,0 +1,95 @@
+"""What the checks of PostgreSQL share: one read-only transaction, and what was found out on the way.
+
+No check waits for a lock, every statement has the relay's own timeout, and one that fails leaves the others their turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import asyncpg
+
+from outbox_relay.checks.findings import Finding, Kind, finding
+from outbox_relay.schema import Layout
+from outbox_relay.source.statements import OutboxTable, quoted, topic_columns
+
+RELAY, SLOT, LAYOUT = "outbox_relay", "outbox_slot", "outbox_layout"
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the relay's configuration asks of the server."""
+
+    connections: int
+    statement_timeout_seconds: float
+    publish_deadline_seconds: float
+
+
+@dataclass(slots=True)
+class Inspection:
+    """``names`` are those of the relations, by their plain name, as SQL has to call them; ``columns`` the outbox's."""
+
+    connection: asyncpg.Connection
+    table: OutboxTable
+    needs: Needs
+    role: str = ""
+    is_superuser: bool = False
+    names: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, asyncpg.Record] = field(default_factory=dict)
+    layout: Layout | None = None
+
+    @property
+    def outbox(self) -> str:
+        return self.names[self.table.name]
+
+    async def begin(self, search_path: str) -> None:
+        timeout_ms = int(self.needs.statement_timeout_seconds * 1000)
+        begin = f"BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; SET LOCAL statement_timeout = {timeout_ms}"
+        if search_path:
+            begin += f"; SET LOCAL search_path = {quoted(search_path)}"
+        await self.connection.execute(begin)
+
+    async def run(self, checks: Sequence[Check]) -> list[Finding]:
+        """All that they find. Raises asyncpg's errors, OSError and TimeoutError where the session is lost."""
+        findings: list[Finding] = []
+        for check in checks:
+            await self.connection.execute("SAVEPOINT unharmed")
+            try:
+                findings += [found async for found in check(self)]
+            except asyncpg.PostgresError as error:
+                if self.connection.is_closed():
+                    raise
+                said_by_server = said(error, self.needs.statement_timeout_seconds)
+                findings.append(finding(Kind.DATABASE_FAILED, f"{said_by_server} ({check.__name__.replace('_', ' ')})"))
+            await self.connection.execute("ROLLBACK TO SAVEPOINT unharmed")
+        return findings
+
+    async def quote(self, *names: str) -> list[str]:
+        """As identifiers that are quoted only where they have to be."""
+        statement = (
+            "SELECT array_agg(quote_ident(n) ORDER BY place) FROM unnest($1::text[]) WITH ORDINALITY AS u (n, place)"
+        )
+        return list(await self.connection.fetchval(statement, list(names)))
+
+
+Check: TypeAlias = Callable[[Inspection], AsyncIterator[Finding]]
+
+
+def said(error: BaseException, timeout_seconds: float) -> str:
+    """In one line, and without DETAIL, which may hold a row."""
+    words = error.args[0] if isinstance(error, asyncpg.PostgresError) and error.args else error
+    return " ".join(str(words).split()) or f"no answer within {timeout_seconds:g} s"
+
+
+def relations(table: OutboxTable) -> list[str]:
+    """The tables that a relay works with."""
+    return [table.name, RELAY, SLOT, LAYOUT]
+
+
+def mapped(table: OutboxTable) -> list[tuple[str, str]]:
+    """``(setting, column)`` of each column that the relay reads or writes."""
+    names = ("id", "event_id", "key", "type", "payload", "headers", "created_at", "sent_at", "bucket")
+    named = [(f"table.columns.{name}", getattr(table, name)) for name in names if getattr(table, name)]
+    return [*named, *(("table.topic", column) for column in topic_columns(table.topic))]

@@ -1,0 +1,119 @@
+"""What the relay's role may do: all that ``roles.sql`` has, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+from outbox_relay.checks.findings import Finding, Kind, finding
+from outbox_relay.checks.inspection import LAYOUT, RELAY, SLOT, Check, Inspection, mapped
+
+
+async def privileges_missing(inspection: Inspection) -> AsyncIterator[Finding]:
+    read = list(dict.fromkeys(name for _, name in mapped(inspection.table) if name in inspection.columns))
+    table = inspection.table
+    for name, privilege, of in (
+        (table.name, "SELECT", read),
+        (table.name, "UPDATE", [table.sent_at] if table.sent_at in inspection.columns else []),
+        *((RELAY, privilege, None) for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE")),
+        (SLOT, "SELECT", None),
+        (SLOT, "UPDATE", ["owner", "epoch", "taken_at"]),
+        (LAYOUT, "SELECT", None),
+    ):
+        missing = await _missing(inspection, name, privilege, of)
+        if missing is None:
+            continue
+        what = f"{privilege} ({', '.join(missing)})" if missing else privilege
+        relation = inspection.names[name]
+        found = f"role {inspection.role} lacks {what} on {relation}"
+        yield finding(Kind.PRIVILEGE_MISSING, found, grant=f"{what} ON {relation}", role=inspection.role)
+
+
+async def _missing(inspection: Inspection, name: str, privilege: str, of: list[str] | None) -> list[str] | None:
+    """The columns that the privilege is missing for, none meaning the whole table; None: it is there."""
+    has = await inspection.connection.fetchval(
+        "SELECT has_table_privilege($1::regclass, $2)", inspection.names[name], privilege
+    )
+    if has or of == []:
+        return None
+    if of is None:
+        return []
+    rows = await inspection.connection.fetch(
+        """
+        SELECT quote_ident(n) AS quoted FROM unnest($3::text[]) WITH ORDINALITY AS c (n, place)
+        WHERE NOT has_column_privilege($1::regclass, n, $2) ORDER BY c.place
+        """,
+        inspection.names[name],
+        privilege,
+        of,
+    )
+    if privilege == "SELECT" and len(rows) == len(of):
+        return []
+    return [row["quoted"] for row in rows] or None
+
+
+async def privileges_in_excess(inspection: Inspection) -> AsyncIterator[Finding]:
+    if inspection.is_superuser:
+        return
+    if await inspection.connection.fetchval(
+        "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = $1::regclass", inspection.outbox
+    ):
+        yield finding(Kind.ROLE_OWNER, f"the relay's role {inspection.role} owns {inspection.outbox}")
+        return
+    for name, privileges, updated in (
+        (inspection.table.name, ("INSERT", "DELETE", "TRUNCATE"), [inspection.table.sent_at]),
+        (SLOT, ("INSERT", "DELETE", "TRUNCATE"), ["owner", "epoch", "taken_at"]),
+        (LAYOUT, ("INSERT", "DELETE", "TRUNCATE"), []),
+        (RELAY, ("TRUNCATE",), None),
+    ):
+        excess = await _excess(inspection, name, privileges, updated)
+        if excess:
+            relation = inspection.names[name]
+            what = ", ".join(excess)
+            found = f"role {inspection.role} has {what} on {relation}, which the relay doesn't need"
+            yield finding(Kind.PRIVILEGE_EXCESS, found, grant=f"{what} ON {relation}", role=inspection.role)
+
+
+async def _excess(
+    inspection: Inspection, name: str, privileges: Sequence[str], updated: Sequence[str] | None
+) -> list[str]:
+    """Which of the privileges it has, and UPDATE of which columns besides those; None: it may update all."""
+    relation = inspection.names[name]
+    rows = await inspection.connection.fetch(
+        """
+        SELECT p FROM unnest($2::text[]) WITH ORDINALITY AS w (p, place)
+        WHERE CASE WHEN p = 'INSERT' THEN has_any_column_privilege($1::regclass, p)
+                   ELSE has_table_privilege($1::regclass, p) END
+        ORDER BY place
+        """,
+        relation,
+        privileges,
+    )
+    excess = [row["p"] for row in rows]
+    if updated is None:
+        return excess
+    columns = await inspection.connection.fetch(
+        """
+        SELECT quote_ident(attname) AS quoted, has_table_privilege($1::regclass, 'UPDATE') AS whole FROM pg_attribute
+        WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped AND NOT attname = ANY ($2::text[])
+          AND has_column_privilege($1::regclass, attnum, 'UPDATE')
+        ORDER BY attnum
+        """,
+        relation,
+        updated,
+    )
+    if columns:
+        names = ", ".join(row["quoted"] for row in columns)
+        excess.append("UPDATE" if columns[0]["whole"] else f"UPDATE ({names})")
+    return excess
+
+
+async def row_security(inspection: Inspection) -> AsyncIterator[Finding]:
+    for relation in inspection.names.values():
+        if await inspection.connection.fetchval("SELECT row_security_active($1::regclass)", relation):
+            found = (
+                f"row level security hides rows of {relation} from role {inspection.role}, and they would wait for ever"
+            )
+            yield finding(Kind.ROW_SECURITY, found, table=relation)
+
+
+CHECKS: Sequence[Check] = (privileges_missing, privileges_in_excess, row_security)
