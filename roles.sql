@@ -1,16 +1,30 @@
--- Two roles with the least that they need: one for applications that write messages, one for the relay.
+-- Three roles with the least that they need: one for applications that write messages, one for the relay, one for those
+-- who decide what becomes of messages that Kafka refuses.
 -- Apply after schema.sql, as the owner of its tables, with its schema first on the search_path. Then grant them to the
 -- users that log in: GRANT outbox_writer TO orders_service; GRANT outbox_relay TO relay;
 
 CREATE ROLE outbox_writer NOLOGIN;
 CREATE ROLE outbox_relay NOLOGIN;
+CREATE ROLE outbox_operator NOLOGIN;
 
 -- A writer can't read the messages of others, nor choose the id, which makes the order, nor mark anything as sent.
 GRANT INSERT (event_id, topic, key, type, payload, headers) ON outbox TO outbox_writer;
 
--- The relay can't write a message, nor change or delete one: of a row it sets sent_at alone.
-GRANT SELECT, UPDATE (sent_at) ON outbox TO outbox_relay;
+-- The relay can't write a message, nor change or delete one: of a row it says whether it is sent or waits.
+GRANT SELECT, UPDATE (sent_at, parked_at) ON outbox TO outbox_relay;
+GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_parked TO outbox_relay;
+GRANT SELECT ON outbox_pause TO outbox_relay;
 -- Its own book-keeping: who lives, and who owns what.
 GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_relay TO outbox_relay;
 GRANT SELECT, UPDATE (owner, epoch, taken_at) ON outbox_slot TO outbox_relay;
 GRANT SELECT ON outbox_layout TO outbox_relay;
+
+-- An operator can correct a message that was refused, send one again, and let topics wait; each command leaves a row that
+-- its role can't change afterwards.
+GRANT SELECT, INSERT, UPDATE (topic, headers, payload, parked_at) ON outbox TO outbox_operator;
+GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_parked TO outbox_operator;
+GRANT SELECT, INSERT, DELETE ON outbox_pause TO outbox_operator;
+GRANT SELECT, INSERT ON outbox_audit TO outbox_operator;
+-- For the lock that keeps a command and a relay apart.
+GRANT SELECT, UPDATE (taken_at) ON outbox_slot TO outbox_operator;
+GRANT SELECT ON outbox_relay, outbox_layout TO outbox_operator;

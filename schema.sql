@@ -19,6 +19,8 @@ CREATE TABLE outbox (
     created_at  timestamptz NOT NULL DEFAULT now(),
     -- Set by the relay once Kafka has acknowledged the row.
     sent_at     timestamptz,
+    -- Set while the row waits in outbox_parked, out of the way of all others.
+    parked_at   timestamptz,
     -- What a relay owns: rows of one key share a bucket, rows without a key are spread.
     -- hashtextextended is what hash partitioning stands on, so pg_upgrade can't let it change.
     bucket      smallint    NOT NULL GENERATED ALWAYS AS (
@@ -39,8 +41,73 @@ CREATE TABLE outbox (
     )
 );
 
--- The only index that the relay's claim reads. It holds unsent rows alone, so it stays small.
-CREATE INDEX outbox_unsent ON outbox (bucket, id) WHERE sent_at IS NULL;
+-- The only index that the relay's claim reads. It holds nothing but rows that can be sent, so it stays small.
+CREATE INDEX outbox_unsent ON outbox (bucket, id) WHERE sent_at IS NULL AND parked_at IS NULL;
+
+-- Rows that wait, each with its reason. Whoever changes something here holds the lock of the bucket's slot.
+CREATE TABLE outbox_parked (
+    -- The outbox row, and its bucket, topic and key as they are there.
+    id         bigint      NOT NULL,
+    bucket     smallint    NOT NULL,
+    topic      text        NOT NULL,
+    key        text        COLLATE "C",
+    -- Rows of one (topic, key) share a line. A hash, since an index takes no key of many kilobytes.
+    line       bigint      NOT NULL GENERATED ALWAYS AS (
+        hashtextextended(topic, CASE WHEN key IS NULL THEN id ELSE hashtextextended(key, 0) END)
+    ) STORED,
+    -- retry:     Kafka refused it; it is tried again when it is due
+    -- trying:    it is back among the rows that can be sent; its attempts are kept here
+    -- blocked:   an earlier row of its line waits here or is being tried; due when nothing is before it any more
+    -- topic:     its topic can't be written to, or is paused
+    -- dead:      it was refused too often, and waits for somebody to decide
+    -- discarded: somebody decided that it is never sent
+    state      text        NOT NULL,
+    -- How often Kafka refused the row for a fault of its own.
+    attempts   integer     NOT NULL DEFAULT 0,
+    due_at     timestamptz,
+    parked_at  timestamptz NOT NULL DEFAULT now(),
+    -- The last refusal: its class, and what to do.
+    error      text,
+    reason     text,
+
+    CONSTRAINT outbox_parked_pkey PRIMARY KEY (id),
+    CONSTRAINT outbox_parked_state_is_known CHECK (
+        state IN ('retry', 'trying', 'blocked', 'topic', 'dead', 'discarded')
+    )
+);
+
+-- What is before a row in its line.
+CREATE INDEX outbox_parked_line ON outbox_parked (bucket, line, id) WHERE state <> 'discarded';
+-- What is due.
+CREATE INDEX outbox_parked_due ON outbox_parked (bucket, due_at) WHERE due_at IS NOT NULL;
+-- What waits for a topic.
+CREATE INDEX outbox_parked_topic ON outbox_parked (bucket, hashtextextended(topic, 0), id) WHERE state = 'topic';
+
+-- Topics that somebody paused: their rows wait until they are resumed.
+CREATE TABLE outbox_pause (
+    topic     text        NOT NULL,
+    paused_at timestamptz NOT NULL DEFAULT now(),
+    reason    text        NOT NULL,
+
+    CONSTRAINT outbox_pause_pkey PRIMARY KEY (topic)
+);
+
+-- What operators did: one row a command.
+CREATE TABLE outbox_audit (
+    audit_id   bigint      GENERATED ALWAYS AS IDENTITY,
+    at         timestamptz NOT NULL DEFAULT now(),
+    -- The role that logged in, and who its client said to be.
+    by_role    text        NOT NULL DEFAULT session_user,
+    by_whom    text        NOT NULL,
+    command    text        NOT NULL,
+    -- Which rows, by selector and by how many of them; ids for up to a thousand.
+    selector   text        NOT NULL,
+    rows       bigint      NOT NULL,
+    ids        bigint[]    NOT NULL,
+    reason     text,
+
+    CONSTRAINT outbox_audit_pkey PRIMARY KEY (audit_id)
+);
 
 -- Which relays live. A relay renews its row; one that doesn't within lease_seconds loses its slots.
 CREATE TABLE outbox_relay (

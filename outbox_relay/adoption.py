@@ -25,11 +25,13 @@ ALTER TABLE {outbox}
     ALTER COLUMN {event_id} SET NOT NULL,
     -- Set by the relay once Kafka has acknowledged the row.
     ADD COLUMN {sent_at} timestamptz,
+    -- Set by the relay while the row waits in outbox_parked.
+    ADD COLUMN {parked_at} timestamptz,
     -- What a relay owns: rows of one key share a bucket, rows without a key are spread.
     ADD COLUMN {bucket} smallint NOT NULL GENERATED ALWAYS AS (
         (CASE WHEN {key} IS NULL THEN {id} ELSE hashtextextended({key}::text, 0) END & {last_bucket})::smallint
     ) STORED;
-CREATE INDEX outbox_unsent ON {outbox} ({bucket}, {id}) WHERE {sent_at} IS NULL;
+CREATE INDEX outbox_unsent ON {outbox} ({bucket}, {id}) WHERE {sent_at} IS NULL AND {parked_at} IS NULL;
 
 {others}
 COMMIT;
@@ -50,7 +52,7 @@ END $$;"""
 
 def adoption_sql(table: OutboxTable, order_by: str | None) -> str:
     """``order_by`` is the column that has the order of the rows that are there; None: there may be none."""
-    names = {name: quoted(getattr(table, name)) for name in ("id", "event_id", "key", "sent_at", "bucket")}
+    names = {name: quoted(getattr(table, name)) for name in ("id", "event_id", "key", "sent_at", "parked_at", "bucket")}
     names["outbox"] = quoted(table.name)
     number = _EMPTY if order_by is None else _NUMBERED.replace("{order_by}", quoted(order_by))
     return _ADOPT.format(

@@ -322,6 +322,7 @@ class ColumnsConfig(_Table):
     headers: str = "headers"
     created_at: str = "created_at"
     sent_at: Text = "sent_at"
+    parked_at: Text = "parked_at"
     bucket: Text = "bucket"
 
 

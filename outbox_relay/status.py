@@ -55,7 +55,7 @@ SELECT set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan'
 _COUNT = """
 -- count the backlog
 SELECT extract(epoch FROM now())::float8 AS at, count(*) AS rows
-FROM (SELECT FROM {outbox} o WHERE o.{sent_at} IS NULL LIMIT $1) AS unsent
+FROM (SELECT FROM {outbox} o WHERE o.{sent_at} IS NULL AND o.{parked_at} IS NULL LIMIT $1) AS unsent
 """
 
 _LAST_ID = """
@@ -79,7 +79,7 @@ CROSS JOIN LATERAL (
     SELECT o.{{id}} AS id, {what} AS what FROM {{outbox}} o
     WHERE (o.{{bucket}}, o.{{id}}) >= (every.bucket, -9223372036854775808)
       AND (o.{{bucket}}, o.{{id}}) < (every.bucket + 1, -9223372036854775808)
-      AND o.{{sent_at}} IS NULL
+      AND o.{{sent_at}} IS NULL AND o.{{parked_at}} IS NULL
     ORDER BY o.{{bucket}}, o.{{id}}
     LIMIT {limit}
 ) AS oldest
@@ -111,7 +111,8 @@ SELECT count(*) AS rows
 FROM generate_series($1::bigint, $2::bigint, $3::bigint) AS every (id)
 CROSS JOIN LATERAL (
     SELECT o.{bucket} AS bucket, o.{id} AS id FROM {outbox} o
-    WHERE o.{id} > every.id AND o.{id} <= least(every.id + $4::bigint, $2::bigint) AND num_nulls(o.{sent_at}) = 1
+    WHERE o.{id} > every.id AND o.{id} <= least(every.id + $4::bigint, $2::bigint)
+      AND num_nulls(o.{sent_at}, o.{parked_at}) = 2
 ) AS unsent
 JOIN unnest($5::integer[], $6::bigint[]) AS long (bucket, last_id)
   ON long.bucket = unsent.bucket AND unsent.id > long.last_id
@@ -225,7 +226,7 @@ class _Statements:
             "outbox_text": literal(quoted(table.name)),
             "topic": topic_of(table.topic),
             "created_at": f"o.{quoted(table.created_at)}::timestamptz" if table.created_at else "NULL::timestamptz",
-            **{name: quoted(getattr(table, name)) for name in ("id", "sent_at", "bucket")},
+            **{name: quoted(getattr(table, name)) for name in ("id", "sent_at", "parked_at", "bucket")},
         }
         self.count = _COUNT.format(**names)
         self.last_id = _LAST_ID.format(**names)

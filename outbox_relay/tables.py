@@ -22,7 +22,7 @@ from sqlalchemy import (
     Uuid,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from outbox_relay.message import RESERVED_HEADERS
 
@@ -43,6 +43,7 @@ outbox = Table(
     Column("headers", JSONB, nullable=False, server_default=text("'{}'")),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
     Column("sent_at", DateTime(timezone=True)),
+    Column("parked_at", DateTime(timezone=True)),
     Column(
         "bucket",
         SmallInteger,
@@ -66,7 +67,84 @@ outbox = Table(
     ),
 )
 
-Index("outbox_unsent", outbox.c.bucket, outbox.c.id, postgresql_where=text("sent_at IS NULL"))
+Index(
+    "outbox_unsent",
+    outbox.c.bucket,
+    outbox.c.id,
+    postgresql_where=text("sent_at IS NULL AND parked_at IS NULL"),
+)
+
+outbox_parked = Table(
+    "outbox_parked",
+    metadata,
+    Column("id", BigInteger, autoincrement=False),
+    Column("bucket", SmallInteger, nullable=False),
+    Column("topic", Text, nullable=False),
+    Column("key", Text(collation="C")),
+    Column(
+        "line",
+        BigInteger,
+        Computed(
+            "hashtextextended(topic, CASE WHEN key IS NULL THEN id ELSE hashtextextended(key, 0) END)", persisted=True
+        ),
+        nullable=False,
+    ),
+    Column("state", Text, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("due_at", DateTime(timezone=True)),
+    Column("parked_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("error", Text),
+    Column("reason", Text),
+    PrimaryKeyConstraint("id", name="outbox_parked_pkey"),
+    CheckConstraint(
+        "state IN ('retry', 'trying', 'blocked', 'topic', 'dead', 'discarded')", name="outbox_parked_state_is_known"
+    ),
+)
+
+Index(
+    "outbox_parked_line",
+    outbox_parked.c.bucket,
+    outbox_parked.c.line,
+    outbox_parked.c.id,
+    postgresql_where=text("state <> 'discarded'"),
+)
+Index(
+    "outbox_parked_due",
+    outbox_parked.c.bucket,
+    outbox_parked.c.due_at,
+    postgresql_where=text("due_at IS NOT NULL"),
+)
+Index(
+    "outbox_parked_topic",
+    outbox_parked.c.bucket,
+    text("hashtextextended(topic, 0)"),
+    outbox_parked.c.id,
+    postgresql_where=text("state = 'topic'"),
+)
+
+outbox_pause = Table(
+    "outbox_pause",
+    metadata,
+    Column("topic", Text, nullable=False),
+    Column("paused_at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("reason", Text, nullable=False),
+    PrimaryKeyConstraint("topic", name="outbox_pause_pkey"),
+)
+
+outbox_audit = Table(
+    "outbox_audit",
+    metadata,
+    Column("audit_id", BigInteger, Identity(always=True)),
+    Column("at", DateTime(timezone=True), nullable=False, server_default=text("now()")),
+    Column("by_role", Text, nullable=False, server_default=text("session_user")),
+    Column("by_whom", Text, nullable=False),
+    Column("command", Text, nullable=False),
+    Column("selector", Text, nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("ids", ARRAY(BigInteger), nullable=False),
+    Column("reason", Text),
+    PrimaryKeyConstraint("audit_id", name="outbox_audit_pkey"),
+)
 
 outbox_relay = Table(
     "outbox_relay",

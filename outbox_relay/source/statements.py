@@ -1,9 +1,9 @@
 """The SQL of a claim, over the table as it is called in the database.
 
-The claim relies on the index ``outbox_unsent (bucket, id) WHERE sent_at IS NULL`` and on the primary key. Statistics of
-a mostly empty outbox are stale when a burst comes, and a plan made before it is kept. So each statement is written such
-that it has one sensible plan whatever the statistics, and the planner is told to scan nothing else;
-``tests/acceptance/test_plans.py`` states what a row may cost.
+The claim relies on the index ``outbox_unsent (bucket, id) WHERE sent_at IS NULL AND parked_at IS NULL`` and on the
+primary key. Statistics of a mostly empty outbox are stale when a burst comes, and a plan made before it is kept. So each
+statement is written such that it has one sensible plan whatever the statistics, and the planner is told to scan nothing
+else; ``tests/acceptance/test_plans.py`` states what a row may cost.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class OutboxTable:
     headers: str = "headers"
     created_at: str = "created_at"
     sent_at: str = "sent_at"
+    parked_at: str = "parked_at"
     bucket: str = "bucket"
 
 
@@ -51,7 +52,7 @@ class Statements:
             "type": _text(table.type),
             "headers": _text(table.headers),
             "created_at": created_at(table.created_at) if table.created_at else "NULL::text",
-            **{name: quoted(getattr(table, name)) for name in ("id", "event_id", "sent_at", "bucket")},
+            **{name: quoted(getattr(table, name)) for name in ("id", "event_id", "sent_at", "parked_at", "bucket")},
         }
         first = _UNSENT.format(start=f">= (owned.bucket, {_SMALLEST})", of="owned.bucket", limit="$2", **names)
         next_ = _UNSENT.format(start="> (deep.bucket, deep.last_id)", of="deep.bucket", limit="$3", **names)
@@ -160,7 +161,7 @@ _UNSENT = """
         FROM {outbox} o
         WHERE (o.{bucket}, o.{id}) {start}
           AND (o.{bucket}, o.{id}) < ({of} + 1, -9223372036854775808)
-          AND o.{sent_at} IS NULL
+          AND o.{sent_at} IS NULL AND o.{parked_at} IS NULL
           AND o.{id} NOT IN (SELECT held.id FROM unnest($4::bigint[]) AS held (id))
           AND {topic} NOT IN (SELECT held.topic FROM unnest($5::text[]) AS held (topic))
           AND ({key} IS NULL OR ({topic}, {key}) NOT IN (
@@ -202,7 +203,7 @@ LEFT JOIN LATERAL (
     SELECT o.{event_id}::text AS event_id, {type} AS type, {payload} AS payload, {headers} AS headers,
            {created_at} AS created_at
     FROM {outbox} o
-    WHERE o.{bucket} = c.bucket AND o.{id} = c.id AND o.{sent_at} IS NULL
+    WHERE o.{bucket} = c.bucket AND o.{id} = c.id AND o.{sent_at} IS NULL AND o.{parked_at} IS NULL
       AND {topic} = c.topic AND {key} IS NOT DISTINCT FROM c.key
     FOR UPDATE SKIP LOCKED
 ) AS locked ON true

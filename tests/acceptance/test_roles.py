@@ -29,7 +29,7 @@ async def users(outbox_database: Database) -> AsyncIterator[dict[str, str]]:
     connection = await outbox_database.connect()
     # Roles belong to the whole server: these are of this test alone.
     suffix = uuid4().hex[:12]
-    groups = {name: f"{name}_{suffix}" for name in ("outbox_writer", "outbox_relay")}
+    groups = {name: f"{name}_{suffix}" for name in ("outbox_writer", "outbox_relay", "outbox_operator")}
     sql = schema.read_roles_sql()
     for name, group in groups.items():
         sql = sql.replace(f"ROLE {name} ", f"ROLE {group} ").replace(f"TO {name};", f"TO {group};")
