@@ -1,9 +1,9 @@
 """The SQL of a claim, over the table as it is called in the database.
 
 The claim relies on the index ``outbox_unsent (bucket, id) WHERE sent_at IS NULL AND parked_at IS NULL`` and on the
-primary key. Statistics of a mostly empty outbox are stale when a burst comes, and a plan made before it is kept. So each
-statement is written such that it has one sensible plan whatever the statistics, and the planner is told to scan nothing
-else; ``tests/acceptance/test_plans.py`` states what a row may cost.
+primary key. Statistics of a mostly empty outbox are stale when a burst comes, and a plan made before it is kept. So
+each statement is written such that it has one sensible plan whatever the statistics, and the planner is told to scan
+nothing else; ``tests/acceptance/test_plans.py`` states what a row may cost.
 """
 
 from __future__ import annotations
