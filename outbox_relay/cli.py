@@ -38,10 +38,16 @@ def main() -> None:
 @main.command()
 @click.option("--config", "path", type=click.Path(path_type=Path), required=True, help="The TOML file.")
 @click.option("--once", is_flag=True, help="Drain what can be claimed, then exit 0.")
-def run(path: Path, once: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Say what would be published next, and whether its topics take it.")
+def run(path: Path, once: bool, dry_run: bool) -> None:
     """Relay until SIGTERM or SIGINT; a second signal stops at once."""
     with _failing_clearly():
         settings = config.load(path)
+        if dry_run:
+            # What is said of the servers is in the error, if there is one.
+            logs.configure("error", settings.log.format)
+            click.echo("\n".join(asyncio.run(daemon.dry_run(settings))))
+            return
         logs.configure(settings.log.level, settings.log.format)
         code = asyncio.new_event_loop().run_until_complete(daemon.run(settings, once=once))
     _exit(code)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from outbox_relay.errors import ConfigError
+from outbox_relay.text import printable
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -51,7 +52,7 @@ def load(path: Path, type_: type[M]) -> M:
     # Outside of the handler, for pydantic's own message holds the values.
     raise ConfigError(
         [
-            f"{path}{f':{line}' if line else ''}: {_printable('.'.join(place))}: {_printable(problem)}"
+            f"{path}{f':{line}' if line else ''}: {printable('.'.join(place))}: {printable(problem)}"
             for line, place, problem in _sorted(told)
         ]
     )
@@ -60,11 +61,6 @@ def load(path: Path, type_: type[M]) -> M:
 def _sorted(told: list[tuple[int, Place, str]]) -> list[tuple[int, Place, str]]:
     """In the order of the file; what isn't in it comes last."""
     return sorted(told, key=lambda one: one[0] or _MOST_LINES + 1)
-
-
-def _printable(text: str) -> str:
-    """One line, whatever keys are called."""
-    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
 
 
 # -- where

@@ -16,6 +16,7 @@ from typing import Any
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
 from outbox_relay import __version__, checks, schema
+from outbox_relay import dry_run as next_
 from outbox_relay.config import Config, load_provider
 from outbox_relay.errors import SchemaError, SourceUnavailableError
 from outbox_relay.kafka_security import KafkaSecurity
@@ -57,6 +58,20 @@ async def run(config: Config, *, once: bool = False) -> int:
             code = EXIT_DEFECT
     telemetry.stopped(code)
     return code
+
+
+async def dry_run(config: Config) -> list[str]:
+    """What would be published next, in lines for people; nothing is claimed, published or marked.
+
+    Raises SchemaError, SourceUnavailableError and PublisherUnavailableError: nothing is waited for.
+    """
+    found = await next_.read(database_of(config), table_of(config), config.relay.batch_rows)
+    publisher = _publisher(config, Telemetry(relay=config.relay.name))
+    try:
+        await publisher.connect()
+        return list(next_.as_lines(found, publisher.obstacle))
+    finally:
+        await publisher.close()
 
 
 def database_of(config: Config) -> Database:

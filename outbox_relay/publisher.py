@@ -54,6 +54,7 @@ _ROW_ERRORS = (
 #: What isn't waited for when nothing else is under way.
 _HOPELESS = (kafka_errors.UnknownTopicOrPartitionError, kafka_errors.NotEnoughReplicasError)
 
+_NOT_ALLOWED = "add it to kafka.allowed_topics, if it is meant"
 _TOO_LARGE = "the record is larger than the topic takes: raise its {}, or store less in payload"
 _ADVICE: dict[type[BaseException], str] = {
     kafka_errors.RecordTooLargeError: "brokers take no request as large as the record (100 MiB): store less in it",
@@ -155,6 +156,17 @@ class KafkaPublisher:
     async def close(self) -> None:
         await self._abandon()
 
+    def obstacle(self, topic: str) -> str | None:
+        """Why nothing can be written to the topic, as far as is known without trying; once connected."""
+        assert self._producer is not None
+        if not is_allowed(topic, self._allowed_topics):
+            return f"TopicNotAllowed, {_NOT_ALLOWED}"
+        count = self._producer.partition_count(topic)
+        problem = next(filter(None, (self._producer.obstacle((topic, number)) for number in range(count))), None)
+        if not count:
+            problem = kafka_errors.UnknownTopicOrPartitionError()
+        return None if problem is None else f"{_name(problem)}, {_advice(problem)}"
+
     # -- one publication
 
     async def _enqueue(self, publication: Publication, records: Sequence[Record]) -> bool:
@@ -163,7 +175,7 @@ class KafkaPublisher:
         producer = self._producer
         topics = {topic for topic in publication.topics if is_allowed(topic, self._allowed_topics)}
         for topic in publication.topics - topics:
-            publication.refuse_topic(topic, "TopicNotAllowed", "add it to kafka.allowed_topics, if it is meant")
+            publication.refuse_topic(topic, "TopicNotAllowed", _NOT_ALLOWED)
         if any(self._lacks_something(topic) for topic in topics) and not await producer.refresh():
             await self._abandon()
             return False

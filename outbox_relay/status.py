@@ -13,17 +13,16 @@ What isn't in the database isn't guessed: which rows a relay holds back is known
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import asyncpg
 
 from outbox_relay import schema
 from outbox_relay.source.session import Database, Session
 from outbox_relay.source.slots import UNLOCKED
+from outbox_relay.source.snapshot import OLDEST_OF_BUCKETS, one, snapshot
 from outbox_relay.source.statements import OutboxTable, literal, quoted, topic_of
+from outbox_relay.text import columns, printable
 
 #: A backlog is counted up to here, and estimated above.
 MOST_COUNTED = 100_000
@@ -39,18 +38,6 @@ MOST_SECONDS = 5.0
 
 #: Smaller than any id but the smallest.
 _BEFORE_ALL = -(2**63)
-
-_SNAPSHOT = """
--- begin a snapshot
-SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY
-"""
-
-# As for a claim: statistics of a mostly empty outbox are stale when a burst comes.
-_SETTINGS = """
--- choose plans
-SELECT set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
-       set_config('jit', 'off', true)
-"""
 
 _COUNT = """
 -- count the backlog
@@ -73,34 +60,22 @@ _NEW = """
 SELECT count(*) AS rows FROM {outbox} o WHERE o.{id} > $1
 """
 
-# A bucket's rows from the oldest on; a range of (bucket, id) as in a claim, for the same reason.
-_OLDEST_OF_BUCKETS = """generate_series(0, $1::integer - 1) AS every (bucket)
-CROSS JOIN LATERAL (
-    SELECT o.{{id}} AS id, {what} AS what FROM {{outbox}} o
-    WHERE (o.{{bucket}}, o.{{id}}) >= (every.bucket, -9223372036854775808)
-      AND (o.{{bucket}}, o.{{id}}) < (every.bucket + 1, -9223372036854775808)
-      AND o.{{sent_at}} IS NULL AND o.{{parked_at}} IS NULL
-    ORDER BY o.{{bucket}}, o.{{id}}
-    LIMIT {limit}
-) AS oldest
-"""
-
 _AGE = f"""
 -- oldest unsent row
-SELECT extract(epoch FROM now() - min(oldest.what))::float8 AS seconds
-FROM {_OLDEST_OF_BUCKETS.format(what="{created_at}", limit="1")}"""
+SELECT extract(epoch FROM now() - min(oldest.created_at))::float8 AS seconds
+FROM {OLDEST_OF_BUCKETS.format(columns="{created_at} AS created_at", limit="1")}"""
 
 _TOPICS = f"""
 -- count by topic
-SELECT oldest.what AS topic, count(*) AS rows, (sum(count(*)) OVER ())::bigint AS looked_at
-FROM {_OLDEST_OF_BUCKETS.format(what="{topic}", limit="$2")}
-GROUP BY oldest.what ORDER BY rows DESC, topic LIMIT $3
+SELECT oldest.topic, count(*) AS rows, (sum(count(*)) OVER ())::bigint AS looked_at
+FROM {OLDEST_OF_BUCKETS.format(columns="{topic} AS topic", limit="$2")}
+GROUP BY oldest.topic ORDER BY rows DESC, oldest.topic LIMIT $3
 """
 
 _LONG_BUCKETS = f"""
 -- buckets with more
 SELECT every.bucket, max(oldest.id) AS last_id
-FROM {_OLDEST_OF_BUCKETS.format(what="NULL", limit="$2")}
+FROM {OLDEST_OF_BUCKETS.format(columns="o.{bucket} AS bucket", limit="$2")}
 GROUP BY every.bucket HAVING count(*) = $2
 """
 
@@ -254,15 +229,15 @@ async def read(database: Database, table: OutboxTable, window: Callable[[], Awai
 async def read_on(session: Session, table: OutboxTable, window: Callable[[], Awaitable[None]]) -> Status:
     """As :func:`read`, on a session that is there."""
     statements = _Statements(table)
-    async with _snapshot(session):
+    async with snapshot(session):
         with session.unavailable("read outbox_layout"):
             layout = await schema.verify(await session.connection())
         before = await _counted(session, statements)
     await window()
-    async with _snapshot(session):
+    async with snapshot(session):
         after = await _counted(session, statements)
-        new = await _one(session, statements.new, before.last_id)
-        age = (await _one(session, statements.age, layout.buckets))["seconds"]
+        new = await one(session, statements.new, before.last_id)
+        age = (await one(session, statements.age, layout.buckets))["seconds"]
         share = MOST_LOOKED_AT // layout.buckets
         topics = await session.fetch(statements.topics, layout.buckets, share, MOST_TOPICS)
         looked_at = topics[0]["looked_at"] if topics else 0
@@ -299,9 +274,9 @@ class Counted:
 
 
 async def _counted(session: Session, statements: _Statements) -> Counted:
-    count = await _one(session, statements.count, MOST_COUNTED + 1)
+    count = await one(session, statements.count, MOST_COUNTED + 1)
     last = await session.fetch(statements.last_id)
-    updated = await _one(session, statements.updated)
+    updated = await one(session, statements.updated)
     return Counted(count["at"], count["rows"], last[0]["id"] if last else _BEFORE_ALL, updated["rows"])
 
 
@@ -313,21 +288,8 @@ async def _estimated_rest(session: Session, statements: _Statements, buckets: in
     first_id = min(bucket["last_id"] for bucket in long)
     step = max(WINDOW_IDS, -(-(last_id - first_id) // WINDOWS))
     bounds = [bucket["bucket"] for bucket in long], [bucket["last_id"] for bucket in long]
-    found = await _one(session, statements.in_windows, first_id, last_id, step, WINDOW_IDS, *bounds)
+    found = await one(session, statements.in_windows, first_id, last_id, step, WINDOW_IDS, *bounds)
     return int(found["rows"] * step // WINDOW_IDS)
-
-
-@contextlib.asynccontextmanager
-async def _snapshot(session: Session) -> AsyncIterator[None]:
-    async with session.transaction():
-        await session.fetch(_SNAPSHOT)
-        await session.fetch(_SETTINGS)
-        yield
-
-
-async def _one(session: Session, statement: str, *arguments: Any) -> asyncpg.Record:
-    (row,) = await session.fetch(statement, *arguments)
-    return row
 
 
 def rates_of(before: Counted, after: Counted, new: int) -> Rates:
@@ -376,7 +338,7 @@ def _fact(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.1f}" if isinstance(value, float) else _printable(str(value))
+    return f"{value:.1f}" if isinstance(value, float) else printable(str(value))
 
 
 def as_tables(status: Status) -> Iterator[str]:
@@ -399,19 +361,19 @@ def as_tables(status: Status) -> Iterator[str]:
         looked_at = status.topics.rows_looked_at
         yield ""
         heading = "ROWS" if backlog.is_exact and looked_at >= backlog.rows else f"ROWS OF THE {looked_at:,} LOOKED AT"
-        yield from _table(
-            ["TOPIC", heading], [[_printable(topic.topic), f"{topic.rows:,}"] for topic in status.topics.most]
+        yield from columns(
+            ["TOPIC", heading], [[printable(topic.topic), f"{topic.rows:,}"] for topic in status.topics.most]
         )
     yield ""
     if not status.relays:
         yield "No relay is alive."
         return
     words = {True: "yes", False: "lost", None: "pooled"}
-    yield from _table(
+    yield from columns(
         ["RELAY", "ID", "REACHES KAFKA", "CONNECTED", "HEARTBEAT", "SLOTS"],
         [
             [
-                _printable(relay.name),
+                printable(relay.name),
                 str(relay.relay_id),
                 "yes" if relay.ready else "no",
                 words[relay.connected],
@@ -421,12 +383,6 @@ def as_tables(status: Status) -> Iterator[str]:
             for relay in status.relays
         ],
     )
-
-
-def _table(heading: list[str], rows: list[list[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
-    for row in (heading, ["─" * width for width in widths], *rows):
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def _in_words(forecast: Forecast) -> str:
@@ -455,8 +411,3 @@ def _numbers(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _printable(text: str) -> str:
-    """No name in the database steers a terminal."""
-    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
