@@ -1,10 +1,11 @@
--- Three roles with the least that they need: one for applications that write messages, one for the relay, one for those
--- who decide what becomes of messages that Kafka refuses.
+-- Roles with the least that they need: one for applications that write messages, one for the relay, one more for a relay
+-- that deletes old messages, and one for those who decide what becomes of messages that Kafka refuses.
 -- Apply after schema.sql, as the owner of its tables, with its schema first on the search_path. Then grant them to the
 -- users that log in: GRANT outbox_writer TO orders_service; GRANT outbox_relay TO relay;
 
 CREATE ROLE outbox_writer NOLOGIN;
 CREATE ROLE outbox_relay NOLOGIN;
+CREATE ROLE outbox_pruner NOLOGIN;
 CREATE ROLE outbox_operator NOLOGIN;
 
 -- A writer can't read the messages of others, nor choose the id, which makes the order, nor mark anything as sent.
@@ -18,6 +19,11 @@ GRANT SELECT ON outbox_pause TO outbox_relay;
 GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_relay TO outbox_relay;
 GRANT SELECT, UPDATE (owner, epoch, taken_at) ON outbox_slot TO outbox_relay;
 GRANT SELECT ON outbox_layout TO outbox_relay;
+
+-- Only where relay.retention_hours is set does the relay delete what was sent or discarded, and says until when it did.
+-- Then grant its user this role too: GRANT outbox_pruner TO relay;
+GRANT DELETE ON outbox TO outbox_pruner;
+GRANT UPDATE (pruned_until) ON outbox_layout TO outbox_pruner;
 
 -- An operator can correct a message that was refused, send one again, and let topics wait; each command leaves a row that
 -- its role can't change afterwards.

@@ -65,6 +65,7 @@ CREATE TABLE outbox_parked (
     -- How often Kafka refused the row for a fault of its own.
     attempts   integer     NOT NULL DEFAULT 0,
     due_at     timestamptz,
+    -- Since when it waits; of a discarded row, when that was decided.
     parked_at  timestamptz NOT NULL DEFAULT now(),
     -- The last refusal: its class, and what to do.
     error      text,
@@ -138,15 +139,17 @@ CREATE TABLE outbox_slot (
 
 -- One row: what every relay must agree on, and so doesn't stand in any configuration file.
 CREATE TABLE outbox_layout (
-    only_row       boolean  NOT NULL DEFAULT true,
+    only_row       boolean     NOT NULL DEFAULT true,
     -- Names this outbox. A cloned database needs a new one before it meets the same Kafka.
-    outbox_uuid    uuid     NOT NULL DEFAULT gen_random_uuid(),
-    layout_number  integer  NOT NULL DEFAULT 1,
-    buckets        smallint NOT NULL,
-    slots          smallint NOT NULL,
-    schema_version integer  NOT NULL,
+    outbox_uuid    uuid        NOT NULL DEFAULT gen_random_uuid(),
+    layout_number  integer     NOT NULL DEFAULT 1,
+    buckets        smallint    NOT NULL,
+    slots          smallint    NOT NULL,
+    schema_version integer     NOT NULL,
     -- The oldest release of the relay that can work with this schema.
-    oldest_relay   text     NOT NULL,
+    oldest_relay   text        NOT NULL,
+    -- Rows that were sent or discarded before then may have been deleted. Written before the first of them is.
+    pruned_until   timestamptz,
 
     CONSTRAINT outbox_layout_pkey PRIMARY KEY (only_row),
     CONSTRAINT outbox_layout_has_one_row CHECK (only_row),

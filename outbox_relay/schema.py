@@ -85,7 +85,7 @@ def read_sql() -> str:
 
 def read_sql_of_the_relay() -> str:
     """The part of the SQL that is the relay's own tables, without the outbox."""
-    _, begin, relay = read_sql().partition("-- Which relays live.")
+    _, begin, relay = read_sql().partition("-- Rows that wait, each with its reason.")
     return begin + relay
 
 

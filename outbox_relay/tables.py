@@ -179,6 +179,7 @@ outbox_layout = Table(
     Column("slots", SmallInteger, nullable=False),
     Column("schema_version", Integer, nullable=False),
     Column("oldest_relay", Text, nullable=False),
+    Column("pruned_until", DateTime(timezone=True)),
     PrimaryKeyConstraint("only_row", name="outbox_layout_pkey"),
     CheckConstraint("only_row", name="outbox_layout_has_one_row"),
     CheckConstraint("slots > 0 AND buckets % slots = 0", name="outbox_layout_slots_divide_buckets"),

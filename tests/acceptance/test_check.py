@@ -116,10 +116,7 @@ async def stage(
     owner = await asyncpg.connect(url)
     role, topic = f"relay_{suffix}", f"orders-{suffix}"
     await schema.apply(owner)
-    roles = schema.read_roles_sql()
-    for name in ("outbox_writer", "outbox_relay"):
-        roles = roles.replace(f"ROLE {name} ", f"ROLE {name}_{suffix} ").replace(f"TO {name};", f"TO {name}_{suffix};")
-    await owner.execute(roles)
+    await owner.execute(re.sub(r"\b(ROLE|TO) (outbox_\w+)", rf"\1 \2_{suffix}", schema.read_roles_sql()))
     await owner.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}' IN ROLE outbox_relay_{suffix}")
     await asyncio.to_thread(cluster.create, topic, 3, {"min.insync.replicas": "2"})
     password = tmp_path / "password"

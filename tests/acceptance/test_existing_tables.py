@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 from click.testing import CliRunner
 
-from outbox_relay import cli
+from outbox_relay import cli, tables
 from outbox_relay.checker import Seen
 from outbox_relay.servers import Kafka
 from outbox_relay.topic_reader import read_topics
@@ -95,6 +95,9 @@ async def test_debezium_s_table_is_relayed_through_the_mapping(
         assert await relay.exit_code() == 0
     records = await read(kafka, f"{topic}.order")
     rows = await connection.fetch('SELECT * FROM "Order Service".outboxevent ORDER BY seq')
+    # The relay's own tables came with it.
+    own = "SELECT count(*) FROM pg_tables WHERE schemaname = 'Order Service' AND tablename LIKE 'outbox\\_%'"
+    assert await connection.fetchval(own) == len(tables.metadata.tables) - 1
     # What was there is ordered by the column that was named, and what came later follows.
     assert [row["type"] for row in rows] == ["OrderPaid", "OrderPlaced", "OrderPlaced", "OrderPaid"]
     assert all(row["sent_at"] is not None for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
@@ -29,16 +30,16 @@ async def users(outbox_database: Database) -> AsyncIterator[dict[str, str]]:
     connection = await outbox_database.connect()
     # Roles belong to the whole server: these are of this test alone.
     suffix = uuid4().hex[:12]
-    groups = {name: f"{name}_{suffix}" for name in ("outbox_writer", "outbox_relay", "outbox_operator")}
-    sql = schema.read_roles_sql()
-    for name, group in groups.items():
-        sql = sql.replace(f"ROLE {name} ", f"ROLE {group} ").replace(f"TO {name};", f"TO {group};")
-    await connection.execute(sql)
+    names = ("outbox_writer", "outbox_relay", "outbox_pruner", "outbox_operator")
+    groups = {name: f"{name}_{suffix}" for name in names}
+    await connection.execute(re.sub(r"\b(ROLE|TO) (outbox_\w+)", rf"\1 \2_{suffix}", schema.read_roles_sql()))
     url = make_url(outbox_database.url)
     urls = {}
     for name, group in groups.items():
         await connection.execute(f"CREATE ROLE {group}_user LOGIN PASSWORD 'word' IN ROLE {group}")
         urls[name] = url.set(username=f"{group}_user", password="word").render_as_string(hide_password=False)
+    # As roles.sql says: a role besides the relay's.
+    await connection.execute(f"GRANT {groups['outbox_relay']} TO {groups['outbox_pruner']}_user")
     yield urls
     for group in groups.values():
         await connection.execute(f"DROP OWNED BY {group}")
@@ -103,6 +104,7 @@ async def test_a_writer_can_only_add(statement: str, users: dict[str, str]) -> N
         "TRUNCATE outbox",
         "INSERT INTO outbox_slot (slot) VALUES (99)",
         "UPDATE outbox_layout SET slots = 1",
+        "UPDATE outbox_layout SET pruned_until = now()",
     ],
 )
 async def test_a_relay_can_only_mark(statement: str, users: dict[str, str]) -> None:
