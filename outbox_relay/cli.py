@@ -16,10 +16,11 @@ from typing import NoReturn
 import asyncpg
 import click
 
-from outbox_relay import __version__, addresses, config, daemon, logs, schema, status
+from outbox_relay import __version__, addresses, config, daemon, logs, schema, status, tracebacks
 from outbox_relay.adoption import adoption_sql
 from outbox_relay.checks import findings
 from outbox_relay.errors import ConfigError, OutboxRelayError, SourceUnavailableError
+from outbox_relay.source.session import what_it_says
 
 #: sysexits.h: the configuration is at fault (EX_CONFIG), or a service isn't there (EX_UNAVAILABLE).
 EXIT_CONFIG = 78
@@ -173,7 +174,9 @@ async def _apply(connect: Awaitable[asyncpg.Connection]) -> schema.Applied:
     try:
         connection = await connect
     except (OSError, TimeoutError, UnicodeError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        raise SourceUnavailableError(f"connect to the database: {error or 'no answer in time'}") from error
+        raise SourceUnavailableError(
+            f"connect to the database: {what_it_says(error) or 'no answer in time'}"
+        ) from error
     try:
         return await schema.apply(connection)
     finally:
@@ -190,5 +193,10 @@ def _failing_clearly() -> Iterator[None]:
             click.echo(problem, err=True)
         sys.exit(EXIT_CONFIG)
     except (OutboxRelayError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        click.echo(str(error) or type(error).__name__, err=True)
+        click.echo(what_it_says(error) or type(error).__name__, err=True)
         sys.exit(EXIT_UNAVAILABLE)
+    except (click.ClickException, click.exceptions.Exit):
+        raise
+    except Exception as error:
+        click.echo(f"a defect of outbox-relay\n{tracebacks.without_data(error)}", err=True)
+        sys.exit(daemon.EXIT_DEFECT)

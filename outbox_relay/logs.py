@@ -9,6 +9,8 @@ from typing import Any
 
 import structlog
 
+from outbox_relay import tracebacks
+
 
 def configure(level: str, format_: str) -> None:
     """Send everything of ``level`` and above to stdout.
@@ -22,7 +24,7 @@ def configure(level: str, format_: str) -> None:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
+        structlog.processors.ExceptionRenderer(_traceback),
         _in_front,
     ]
     structlog.configure(
@@ -45,8 +47,19 @@ def configure(level: str, format_: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(max(threshold, logging.INFO))
     logging.getLogger("outbox_relay").setLevel(threshold)
+    # Below its first line asyncio prints what it was doing, errors with their texts among it.
+    logging.getLogger("asyncio").addFilter(_first_line)
     # aiokafka reports each failed connect at ERROR while the relay's own lines tell of the outage once.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+
+
+def _traceback(exc_info: Any) -> str:
+    return tracebacks.without_data(exc_info[1])
+
+
+def _first_line(record: logging.LogRecord) -> bool:
+    record.msg, record.args = record.getMessage().partition("\n")[0], ()
+    return True
 
 
 def _in_front(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

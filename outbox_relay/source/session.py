@@ -68,6 +68,11 @@ class Database:
         return connection
 
 
+def what_it_says(error: BaseException) -> str:
+    """The first sentence of PostgreSQL's answer alone: its DETAIL may hold the row, with its key and payload."""
+    return str(error.args[0] if isinstance(error, asyncpg.PostgresError) and error.args else error)
+
+
 class Session:
     """A connection of its own, opened at first use. Not for two tasks at once."""
 
@@ -161,9 +166,7 @@ class Session:
             yield
         except FAILURES as error:
             self.drop()
-            # Only the first sentence: DETAIL may hold the row, with its key and payload.
-            said = error.args[0] if isinstance(error, asyncpg.PostgresError) and error.args else error
-            detail = str(said) or f"no answer within {self._database.statement_timeout_seconds} s"
+            detail = what_it_says(error) or f"no answer within {self._database.statement_timeout_seconds} s"
             raise SourceUnavailableError(f"{doing}: {detail}") from error
         except asyncio.CancelledError:
             # A statement cancelled half-way may leave its backend holding locks.

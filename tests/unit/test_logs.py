@@ -112,8 +112,8 @@ logging.getLogger("somebody.else").warning("a stranger says %s", "hello")
 logging.getLogger("aiokafka.conn").debug("password")
 logging.getLogger("asyncio").debug("password")
 try:
-    raise ValueError("of no use")
-except ValueError as error:
+    raise TypeError("of no use")
+except TypeError as error:
     telemetry.failed(error)
 """
 
@@ -163,15 +163,15 @@ def test_lines_on_a_pipe_are_json_objects(format_: str) -> None:
     }
     assert stranger["event"] == "a stranger says hello"
     assert (stranger["level"], stranger["logger"]) == ("warning", "somebody.else")
-    assert (failed["event"], failed["level"], failed["error"]) == ("relay.failed", "error", "ValueError")
-    assert str(failed["exception"]).endswith("ValueError: of no use")
+    assert (failed["event"], failed["level"], failed["error"]) == ("relay.failed", "error", "TypeError")
+    assert str(failed["exception"]).endswith("TypeError: of no use")
 
 
 def test_lines_on_a_terminal_are_text() -> None:
     said = on_a_terminal("auto")
     assert "relay.starting" in said
     assert "a stranger says hello" in said
-    assert "ValueError: of no use" in said
+    assert "TypeError: of no use" in said
     assert '{"' not in said
     assert "\x1b[" in said, "in colour"
 
