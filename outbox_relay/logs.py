@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 
 from outbox_relay import tracebacks
+from outbox_relay.repeats import Repeats
 
 
 def configure(level: str, format_: str) -> None:
@@ -43,6 +44,7 @@ def configure(level: str, format_: str) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
+    handler.addFilter(Repeats())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(threshold, logging.INFO))
