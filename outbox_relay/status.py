@@ -8,7 +8,8 @@ of ids, which neither a busy key nor a row that waits from long ago misleads.
 There is no index on ``sent_at``. What was sent is what came in less what a counted backlog grew by; an estimate is too
 coarse for that, so there PostgreSQL's statistics say how many rows were updated, a second or so late.
 
-What isn't in the database isn't guessed: which rows a relay holds back is known to that relay alone, and in its log.
+What isn't in the database isn't guessed: which rows a relay holds back without parking them is known to that relay
+alone, and in its log.
 """
 
 from __future__ import annotations
@@ -93,6 +94,18 @@ JOIN unnest($5::integer[], $6::bigint[]) AS long (bucket, last_id)
   ON long.bucket = unsent.bucket AND unsent.id > long.last_id
 """
 
+_PARKED = """
+-- count what waits
+SELECT count(*) AS looked_at,
+       count(*) FILTER (WHERE p.state = 'retry') AS retry, count(*) FILTER (WHERE p.state = 'trying') AS trying,
+       count(*) FILTER (WHERE p.state = 'blocked') AS blocked, count(*) FILTER (WHERE p.state = 'topic') AS topic,
+       count(*) FILTER (WHERE p.state = 'dead') AS dead, count(*) FILTER (WHERE p.state = 'discarded') AS discarded,
+       count(DISTINCT (p.bucket, p.line))
+           FILTER (WHERE p.has_key AND p.state IN ('retry', 'trying', 'blocked', 'dead')) AS blocked_keys,
+       extract(epoch FROM now() - min(p.parked_at) FILTER (WHERE p.state <> 'discarded'))::float8 AS oldest_seconds
+FROM (SELECT w.state, w.bucket, w.line, w.parked_at, w.key IS NOT NULL AS has_key FROM outbox_parked w LIMIT $1) AS p
+"""
+
 _ALIVE = "r.renewed_at > now() - make_interval(secs => r.lease_seconds)"
 
 _RELAYS = f"""
@@ -140,6 +153,22 @@ class Topics:
 
 
 @dataclass(frozen=True, slots=True)
+class Parked:
+    """Rows in ``outbox_parked`` by state; but those being tried aren't in the backlog. ``blocked_keys`` are those of which
+    a row was refused. Of the first rows alone where ``is_exact`` is false."""
+
+    is_exact: bool
+    retry: int
+    trying: int
+    blocked: int
+    topic: int
+    dead: int
+    discarded: int
+    blocked_keys: int
+    oldest_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class RelayAlive:
     """One whose lease hasn't run out. ``ready``: it reaches Kafka. ``connected``: its session is there; None behind a
     connection pooler, where that isn't known."""
@@ -182,6 +211,7 @@ class Forecast:
 class Status:
     backlog: Backlog
     topics: Topics
+    parked: Parked
     relays: list[RelayAlive]
     slots: SlotsOwned
     rates: Rates
@@ -246,12 +276,14 @@ async def read_on(session: Session, table: OutboxTable, window: Callable[[], Awa
             rows = max(
                 rows, looked_at + await _estimated_rest(session, statements, layout.buckets, share, after.last_id)
             )
+        parked = dict(await one(session, _PARKED, MOST_COUNTED + 1))
         relays = await session.fetch(_RELAYS)
         without_owner = await session.fetch(_WITHOUT_OWNER)
     rates = rates_of(before, after, new["rows"])
     return Status(
         Backlog(rows, after.is_exact, None if age is None else max(0.0, age)),
         Topics(looked_at, [Topic(topic["topic"], topic["rows"]) for topic in topics]),
+        Parked(parked.pop("looked_at") <= MOST_COUNTED, **parked),
         [RelayAlive(**relay) for relay in relays],
         SlotsOwned(layout.slots, [row["slot"] for row in without_owner]),
         rates,
@@ -314,6 +346,8 @@ def forecast_of(rows: int, rates: Rates) -> Forecast:
 
 # -- showing it
 
+_STATES = ("retry", "trying", "blocked", "topic", "dead", "discarded")
+
 
 def as_lines(status: Status) -> Iterator[str]:
     """Plain text: a fact a line, by the same names as in the JSON."""
@@ -352,6 +386,13 @@ def as_tables(status: Status) -> Iterator[str]:
         f" (over {rates.over_seconds:.1f} s)"
     )
     yield f"Forecast  {_in_words(status.forecast)}"
+    parked = {name: n for name in _STATES if (n := getattr(status.parked, name))}
+    if parked:
+        yield (
+            f"Parked    {'' if status.parked.is_exact else 'more than '}"
+            + ", ".join(f"{n:,} {name}" for name, n in parked.items())
+            + f"; {status.parked.blocked_keys:,} keys are blocked"
+        )
     alone = status.slots.without_owner
     yield (
         f"Slots     {status.slots.count - len(alone)} of {status.slots.count} owned"

@@ -108,6 +108,28 @@ async def test_sent_rows_of_a_large_backlog_are_those_updated(
     assert found.forecast.state == "shrinking"
 
 
+async def test_rows_that_wait_are_no_backlog(outbox_database: Database) -> None:
+    connection = await outbox_database.connect()
+    await connection.execute(insert("orders", 40, keys=4))
+    park = """WITH parked AS (UPDATE outbox SET parked_at = now() WHERE id BETWEEN $2::int AND $3::int RETURNING *)
+        INSERT INTO outbox_parked (id, bucket, topic, key, state, parked_at)
+        SELECT id, bucket, topic, key, $1, now() - make_interval(mins => $4) FROM parked"""
+    for state, first, last, minutes in (
+        ("retry", 1, 2, 5),  # of two keys
+        ("blocked", 5, 6, 4),  # of the same two
+        ("dead", 3, 3, 3),
+        ("topic", 8, 9, 2),
+        ("discarded", 12, 12, 60),
+    ):
+        await connection.execute(park, state, first, last, minutes)
+    found = await read(outbox_database)
+    assert (found.backlog.rows, found.topics.most) == (32, [Topic("orders", 32)])
+    assert found.parked.oldest_seconds == pytest.approx(300, abs=60)
+    counts = {name: getattr(found.parked, name) for name in status._STATES}
+    assert counts == {"retry": 2, "trying": 0, "blocked": 2, "topic": 2, "dead": 1, "discarded": 1}
+    assert (found.parked.is_exact, found.parked.blocked_keys) == (True, 3)
+
+
 async def test_relays_and_what_they_own(outbox_database: Database, kafka: Kafka) -> None:
     topic = await new_topic(kafka)
     await (await outbox_database.connect()).execute(insert(topic, 100))

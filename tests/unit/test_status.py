@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from outbox_relay import status
-from outbox_relay.status import Backlog, Counted, Forecast, Rates, RelayAlive, SlotsOwned, Status, Topic, Topics
+from outbox_relay.status import Backlog, Counted, Forecast, Parked, Rates, RelayAlive, SlotsOwned, Status, Topic, Topics
 
 COMMANDS = Path(__file__).parents[2] / "docs" / "commands.md"
 MANY = status.MOST_COUNTED + 1
@@ -52,6 +52,17 @@ def test_the_forecast(rows: int, inserted: float, sent: float, forecast: Forecas
 BUSY = Status(
     Backlog(1280, is_exact=True, oldest_seconds=4.21),
     Topics(1280, [Topic("orders", 1200), Topic("pay\x1b[2Jments", 80)]),
+    Parked(
+        is_exact=True,
+        retry=2,
+        trying=0,
+        blocked=1100,
+        topic=0,
+        dead=0,
+        discarded=0,
+        blocked_keys=2,
+        oldest_seconds=33.0,
+    ),
     [
         RelayAlive(7, "orders-1", ready=True, connected=True, heartbeat_seconds=0.41, slots=[0, 1, 2, 4]),
         RelayAlive(8, "orders-2", ready=False, connected=None, heartbeat_seconds=130.0, slots=[]),
@@ -67,6 +78,7 @@ def test_a_person_gets_tables() -> None:
         "Backlog   1,280 rows, the oldest 4.2 s old\n"
         "Rates     310.0/s inserted, 950.0/s sent (over 2.0 s)\n"
         "Forecast  shrinking; gone in 2.0 h at these rates\n"
+        "Parked    2 retry, 1,100 blocked; 2 keys are blocked\n"
         "Slots     12 of 16 owned; the rows of these wait: 8-10 15\n"
         "\n"
         "TOPIC            ROWS\n"
@@ -85,7 +97,7 @@ def test_what_is_estimated_says_so() -> None:
     huge = dataclasses.replace(BUSY, backlog=Backlog(999_000, is_exact=False, oldest_seconds=None), relays=[])
     lines = list(status.as_tables(huge))
     assert lines[0] == "Backlog   about 999,000 rows"
-    assert lines[5] == "TOPIC            ROWS OF THE 1,280 LOOKED AT"
+    assert lines[6] == "TOPIC            ROWS OF THE 1,280 LOOKED AT"
     assert lines[-1] == "No relay is alive."
 
 
@@ -99,6 +111,15 @@ def test_a_pipe_gets_a_fact_a_line_by_the_names_of_the_json() -> None:
         "topics.most.0.rows 1200",
         "topics.most.1.topic pay\\x1b[2Jments",
         "topics.most.1.rows 80",
+        "parked.is_exact yes",
+        "parked.retry 2",
+        "parked.trying 0",
+        "parked.blocked 1100",
+        "parked.topic 0",
+        "parked.dead 0",
+        "parked.discarded 0",
+        "parked.blocked_keys 2",
+        "parked.oldest_seconds 33.0",
         "relays.0.relay_id 7",
         "relays.0.name orders-1",
         "relays.0.ready yes",
