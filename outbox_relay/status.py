@@ -154,8 +154,8 @@ class Topics:
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """Rows in ``outbox_parked`` by state; but those being tried aren't in the backlog. ``blocked_keys`` are those of which
-    a row was refused. Of the first rows alone where ``is_exact`` is false."""
+    """Rows in ``outbox_parked`` by state; all but those being tried aren't in the backlog. ``blocked_keys`` are those
+    of which a row was refused. Of the first rows alone where ``is_exact`` is false."""
 
     is_exact: bool
     retry: int
