@@ -93,7 +93,7 @@ CREATE TABLE outbox_pause (
     CONSTRAINT outbox_pause_pkey PRIMARY KEY (topic)
 );
 
--- What operators did: one row a command.
+-- What operators did: one row for each transaction of a command.
 CREATE TABLE outbox_audit (
     audit_id   bigint      GENERATED ALWAYS AS IDENTITY,
     at         timestamptz NOT NULL DEFAULT now(),
@@ -101,7 +101,7 @@ CREATE TABLE outbox_audit (
     by_role    text        NOT NULL DEFAULT session_user,
     by_whom    text        NOT NULL,
     command    text        NOT NULL,
-    -- Which rows, by selector and by how many of them; ids for up to a thousand.
+    -- Which rows, in words without a key, and each by its id.
     selector   text        NOT NULL,
     rows       bigint      NOT NULL,
     ids        bigint[]    NOT NULL,

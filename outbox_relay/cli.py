@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import NoReturn
 
 import asyncpg
 import click
 
-from outbox_relay import __version__, addresses, config, daemon, logs, schema, status, tracebacks
+from outbox_relay import __version__, addresses, config, daemon, logs, schema, status
 from outbox_relay.adoption import adoption_sql
 from outbox_relay.checks import findings
+from outbox_relay.cli_dead import dead_group
+from outbox_relay.cli_failures import failing_clearly
 from outbox_relay.errors import ConfigError, OutboxRelayError, SourceUnavailableError
 from outbox_relay.source.session import what_it_says
 
-#: sysexits.h: the configuration is at fault (EX_CONFIG), or a service isn't there (EX_UNAVAILABLE).
-EXIT_CONFIG = 78
-EXIT_UNAVAILABLE = 69
 #: The demo found damage, or was interrupted, as shells count it.
 EXIT_DAMAGED = 1
 EXIT_INTERRUPTED = 130
@@ -36,13 +34,16 @@ def main() -> None:
     """Carry what an application committed to PostgreSQL into Kafka."""
 
 
+main.add_command(dead_group)
+
+
 @main.command()
 @click.option("--config", "path", type=click.Path(path_type=Path), required=True, help="The TOML file.")
 @click.option("--once", is_flag=True, help="Drain what can be claimed, then exit 0.")
 @click.option("--dry-run", is_flag=True, help="Say what would be published next, and whether its topics take it.")
 def run(path: Path, once: bool, dry_run: bool) -> None:
     """Relay until SIGTERM or SIGINT; a second signal stops at once."""
-    with _failing_clearly():
+    with failing_clearly():
         settings = config.load(path)
         if dry_run:
             # What is said of the servers is in the error, if there is one.
@@ -58,7 +59,7 @@ def run(path: Path, once: bool, dry_run: bool) -> None:
 @click.option("--config", "path", type=click.Path(path_type=Path), required=True, help="The TOML file.")
 def validate(path: Path) -> None:
     """Say every mistake in a configuration file; connects to nothing."""
-    with _failing_clearly():
+    with failing_clearly():
         config.load(path)
     click.echo(f"{path}: no mistakes")
 
@@ -75,7 +76,7 @@ def validate(path: Path) -> None:
 )
 def show_status(path: Path, as_json: bool, window_seconds: float) -> None:
     """Say what waits, who works on it, how fast, and when it will be gone; asks the database alone."""
-    with _failing_clearly():
+    with failing_clearly():
         settings = config.load(path)
         database, table = daemon.database_of(settings), daemon.table_of(settings)
         found = asyncio.run(status.read(database, table, lambda: asyncio.sleep(window_seconds)))
@@ -90,7 +91,7 @@ def show_status(path: Path, as_json: bool, window_seconds: float) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The findings as one JSON object.")
 def check(path: Path, as_json: bool) -> None:
     """Connect to PostgreSQL and Kafka, change nothing, and say what is wrong and what to do about it."""
-    with _failing_clearly():
+    with failing_clearly():
         settings = config.load(path)
         # What libraries have to say of a failure is among the findings.
         logging.disable()
@@ -108,7 +109,7 @@ def check(path: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout; all else goes to stderr.")
 def demo(as_json: bool) -> None:
     """Watch orders reach Kafka on real servers although the relay is killed; exit 1 if anything went wrong."""
-    with _failing_clearly():
+    with failing_clearly():
         try:
             from outbox_relay import demo as story
 
@@ -140,7 +141,7 @@ def schema_print(roles: bool) -> None:
 @click.option("--database-url", envvar="DATABASE_URL", help="Instead of --config.  [env: DATABASE_URL]")
 def schema_apply(path: Path | None, database_url: str | None) -> None:
     """Create the tables, or upgrade them to this release."""
-    with _failing_clearly():
+    with failing_clearly():
         if path is not None:
             connect = daemon.database_of(config.load(path)).connect_to_schema("outbox-relay schema")
         elif database_url is not None:
@@ -156,7 +157,7 @@ def schema_apply(path: Path | None, database_url: str | None) -> None:
 @click.option("--order-by", metavar="COLUMN", help="What has the order of the rows that are in the table already.")
 def schema_adopt(path: Path, order_by: str | None) -> None:
     """Print the SQL that makes an existing table, as [table] names it, an outbox; nothing is changed."""
-    with _failing_clearly():
+    with failing_clearly():
         table = daemon.table_of(config.load(path))
     click.echo(adoption_sql(table, order_by), nl=False)
 
@@ -181,22 +182,3 @@ async def _apply(connect: Awaitable[asyncpg.Connection]) -> schema.Applied:
         return await schema.apply(connection)
     finally:
         await connection.close(timeout=10)
-
-
-@contextlib.contextmanager
-def _failing_clearly() -> Iterator[None]:
-    """Turn what an operator can mend into lines on stderr and an exit code."""
-    try:
-        yield
-    except ConfigError as error:
-        for problem in error.problems:
-            click.echo(problem, err=True)
-        sys.exit(EXIT_CONFIG)
-    except (OutboxRelayError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        click.echo(what_it_says(error) or type(error).__name__, err=True)
-        sys.exit(EXIT_UNAVAILABLE)
-    except (click.ClickException, click.exceptions.Exit):
-        raise
-    except Exception as error:
-        click.echo(f"a defect of outbox-relay\n{tracebacks.without_data(error)}", err=True)
-        sys.exit(daemon.EXIT_DEFECT)

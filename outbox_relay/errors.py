@@ -27,6 +27,10 @@ class SchemaError(OutboxRelayError):
     """The outbox schema is missing, or of a version that this release can't work with."""
 
 
+class RefusedError(OutboxRelayError):
+    """What an operator asked for can't be done to what is there; nothing was changed."""
+
+
 class SourceUnavailableError(OutboxRelayError):
     """The database could not be reached, or did not answer in time; nothing was lost, try again later."""
 

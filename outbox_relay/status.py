@@ -23,7 +23,7 @@ from outbox_relay.source.session import Database, Session
 from outbox_relay.source.slots import UNLOCKED
 from outbox_relay.source.snapshot import OLDEST_OF_BUCKETS, one, snapshot
 from outbox_relay.source.statements import OutboxTable, literal, quoted, topic_of
-from outbox_relay.text import columns, printable
+from outbox_relay.text import columns, printable, span
 
 #: A backlog is counted up to here, and estimated above.
 MOST_COUNTED = 100_000
@@ -379,7 +379,7 @@ def as_tables(status: Status) -> Iterator[str]:
     """For a person: sentences, and tables with a heading each."""
     backlog, rates = status.backlog, status.rates
     rows = f"{'' if backlog.is_exact else 'about '}{backlog.rows:,} rows"
-    age = "" if backlog.oldest_seconds is None else f", the oldest {_span(backlog.oldest_seconds)} old"
+    age = "" if backlog.oldest_seconds is None else f", the oldest {span(backlog.oldest_seconds)} old"
     yield f"Backlog   {rows}{age}"
     yield (
         f"Rates     {rates.inserted_per_second:,.1f}/s inserted, {rates.sent_per_second:,.1f}/s sent"
@@ -418,7 +418,7 @@ def as_tables(status: Status) -> Iterator[str]:
                 str(relay.relay_id),
                 "yes" if relay.ready else "no",
                 words[relay.connected],
-                f"{_span(relay.heartbeat_seconds)} ago",
+                f"{span(relay.heartbeat_seconds)} ago",
                 _numbers(relay.slots) or "-",
             ]
             for relay in status.relays
@@ -428,19 +428,12 @@ def as_tables(status: Status) -> Iterator[str]:
 
 def _in_words(forecast: Forecast) -> str:
     if forecast.empty_in_seconds is not None:
-        return f"shrinking; gone in {_span(forecast.empty_in_seconds)} at these rates"
+        return f"shrinking; gone in {span(forecast.empty_in_seconds)} at these rates"
     return {
         "empty": "nothing waits",
         "standing": "standing: no more goes out than comes in",
         "growing": "growing: more comes in than goes out",
     }[forecast.state]
-
-
-def _span(seconds: float) -> str:
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def _numbers(numbers: list[int]) -> str:

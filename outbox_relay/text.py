@@ -1,4 +1,4 @@
-"""Text for people: columns, and names that steer no terminal."""
+"""Text for people: columns, spans of time, and names that steer no terminal."""
 
 from __future__ import annotations
 
@@ -15,3 +15,10 @@ def columns(heading: list[str], rows: list[list[str]]) -> Iterator[str]:
 def printable(text: str) -> str:
     """In one line, whatever it holds."""
     return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+
+
+def span(seconds: float) -> str:
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"

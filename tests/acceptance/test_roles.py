@@ -18,6 +18,7 @@ from outbox_relay.outbox import Message
 from outbox_relay.servers import Kafka
 from outbox_relay.source import session
 from outbox_relay.source.statements import OUTBOX
+from tests.acceptance.parked import dead
 from tests.acceptance.relays import compare, drained, new_topic, relay_process
 from tests.conftest import Database
 
@@ -109,6 +110,45 @@ async def test_a_writer_can_only_add(statement: str, users: dict[str, str]) -> N
 )
 async def test_a_relay_can_only_mark(statement: str, users: dict[str, str]) -> None:
     connection = await asyncpg.connect(users["outbox_relay"])
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await connection.execute(statement)
+    await connection.close()
+
+
+async def test_an_operator_decides_with_this_role_alone(users: dict[str, str], outbox_database: Database) -> None:
+    connection = await outbox_database.connect()
+    ids = [await dead(connection, "orders", f"k{number}") for number in range(3)]
+    for arguments in (
+        ["list"],
+        ["show", str(ids[0])],
+        ["show", str(ids[0]), "--payload"],
+        ["retry", str(ids[0]), "--yes"],
+        ["retry", str(ids[1]), "--edit", "--set-topic", "payments", "--set-header", "a=b", "--yes"],
+        ["discard", str(ids[2]), "--reason", "r", "--yes"],
+    ):
+        command = ["dead", *arguments, "--database-url", users["outbox_operator"]]
+        result = await asyncio.to_thread(CliRunner().invoke, cli.main, command)
+        assert result.exit_code == 0, result.output
+    assert {row["by_role"] for row in await connection.fetch("SELECT by_role FROM outbox_audit")} == {
+        make_url(users["outbox_operator"]).username
+    }
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE outbox SET sent_at = now()",
+        "UPDATE outbox SET key = 'other'",
+        "DELETE FROM outbox",
+        "UPDATE outbox_slot SET owner = NULL",
+        "UPDATE outbox_slot SET epoch = 0",
+        "UPDATE outbox_audit SET reason = 'another'",
+        "DELETE FROM outbox_audit",
+        "UPDATE outbox_layout SET slots = 1",
+    ],
+)
+async def test_an_operator_can_not_mark_nor_hide_what_was_done(statement: str, users: dict[str, str]) -> None:
+    connection = await asyncpg.connect(users["outbox_operator"])
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await connection.execute(statement)
     await connection.close()
