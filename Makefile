@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test quick check format lock clean
+.PHONY: help demo setup test matrix quick check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -35,6 +35,9 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 test: setup ## Run all tests on real PostgreSQL and Apache Kafka
 	$(BIN)/pytest
+
+matrix: setup ## The tests on each version of PostgreSQL, Kafka and Python that is claimed; about an hour
+	$(BIN)/python -m tests.matrix
 
 quick: setup ## Lint, format, types, import contract, unit tests; for every commit
 	$(BIN)/ruff check

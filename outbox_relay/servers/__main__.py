@@ -21,7 +21,8 @@ def main(context: click.Context) -> None:
     """Start PostgreSQL and Kafka on this machine, until Ctrl-C; nothing of them is kept."""
     if context.invoked_subcommand is not None:
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell may have had the latter ignored
+        signal.signal(number, signal.default_int_handler)
     with closing(open_postgres(_say)) as postgres, closing(open_kafka(_say)) as kafka:
         click.echo(f"export DATABASE_URL={postgres.url}")
         click.echo(f"export KAFKA_BOOTSTRAP_SERVERS={kafka.bootstrap_servers}")

@@ -58,6 +58,13 @@ class Killer:
         """Wait until it has claimed something since it was started."""
         await eventually(lambda: self._ids(relay, "claim.made"), f"{relay.name} claims")
 
+    async def until_it_listens(self, relay: RelayProcess) -> None:
+        """Wait until a signal is handled by it, and doesn't just end it."""
+        await eventually(
+            lambda: any(event["event"] == "relay.registered" for event in relay.events()[self._born_at[relay.name] :]),
+            f"{relay.name} listens",
+        )
+
     def starts(self, relay: RelayProcess) -> None:
         self._born_at[relay.name] = len(relay.events())
         relay.start()
@@ -106,6 +113,8 @@ async def test_only_what_was_in_flight_at_a_kill_is_repeated(outbox_database: Da
         done.set()
         await writing
         await drained(connection)
+        for relay in relays:
+            await killer.until_it_listens(relay)
         assert [await relay.stop() for relay in relays] == [0] * len(relays)
         for relay in relays:
             assert not relay.events("publish.abandoned")

@@ -235,12 +235,11 @@ def insert(rows: int, *, sent: bool = False, keys: int = KEYS) -> str:
     )
 
 
-# Where ANALYZE has never run.
+# Where ANALYZE has never run. In the catalogue itself, since a function for it comes with PostgreSQL 18.
 FORGET_STATISTICS = """
-SELECT pg_clear_relation_stats('public', c.relname::text)
-FROM pg_class c WHERE c.relname IN ('outbox', 'outbox_pkey', 'outbox_unsent');
-SELECT pg_clear_attribute_stats('public', 'outbox', a.attname::text, false)
-FROM pg_attribute a WHERE a.attrelid = 'outbox'::regclass AND a.attnum > 0
+UPDATE pg_class SET reltuples = -1, relpages = 0, relallvisible = 0
+WHERE relname IN ('outbox', 'outbox_pkey', 'outbox_unsent');
+DELETE FROM pg_statistic WHERE starelid = 'outbox'::regclass
 """
 
 
@@ -471,7 +470,8 @@ async def test_marked_rows_are_passed_by_until_vacuum_removes_them(outbox_databa
     the index that the row is dead, so later claims read the index's pages, and no row. It can't note that as long as
     any session's snapshot could still see the row as unsent: then each claim looks at each row again. Measured for
     100,000 rows, in buffers an empty claim: 61,706 beside an old snapshot, 62,150 while noting, 634 then (the index
-    has 448 pages), 64 after VACUUM.
+    has 448 pages), 64 after VACUUM. Before PostgreSQL 18 a bucket's end is only found behind the next one's dead
+    entries, so each page is read twice: 1,007 rather than 634.
     """
     rows = 100_000
     connection = await own_statistics(outbox_database)
@@ -493,10 +493,10 @@ async def test_marked_rows_are_passed_by_until_vacuum_removes_them(outbox_databa
         assert min(looked_at) > rows / 2, "somebody's snapshot is older than the marks"
         await watching.execute("ROLLBACK")
         await empty_claim()  # notes what is dead
-        assert await empty_claim() <= pages + CLAIM_A_BUCKET * BUCKETS
+        assert await empty_claim() <= 2 * pages + CLAIM_A_BUCKET * BUCKETS
         await connection.execute(insert(BATCH_ROWS))
         assert len((await source.claim()).records) == BATCH_ROWS
-        assert session.last("claim").buffers <= CLAIM_A_ROW * BATCH_ROWS + pages + CLAIM_A_BUCKET * BUCKETS
+        assert session.last("claim").buffers <= CLAIM_A_ROW * BATCH_ROWS + 2 * pages + CLAIM_A_BUCKET * BUCKETS
         await connection.execute("DELETE FROM outbox WHERE sent_at IS NULL")
         await connection.execute("VACUUM outbox")
         await empty_claim()
