@@ -35,6 +35,10 @@ class SourceUnavailableError(OutboxRelayError):
     """The database could not be reached, or did not answer in time; nothing was lost, try again later."""
 
 
+class SourceRefusedError(SourceUnavailableError):
+    """The database refuses this relay, or isn't believed: somebody has to mend what the message names."""
+
+
 class PublisherUnavailableError(OutboxRelayError):
     """Kafka could not be reached; nothing was lost, try again later."""
 

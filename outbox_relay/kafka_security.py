@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,8 @@ from aiokafka import errors as kafka_errors
 from aiokafka.abc import AbstractTokenProvider
 from aiokafka.conn import create_conn
 
-from outbox_relay.tls import Tls
+from outbox_relay.tls import Tls, tls_refusal
 
-# How long a server is given to say what it thinks of a finished handshake.
-_REFUSAL_SECONDS = 1.0
 _PROBE_SECONDS = 5.0
 
 
@@ -65,20 +62,7 @@ class KafkaSecurity:
     async def _tls_problem(self, host: str, port: int) -> str | None:
         if self.tls is None:
             return None
-        try:
-            reader, writer = await asyncio.open_connection(host, port, ssl=self.tls.context())
-            try:
-                # A server that wants a certificate says so only after the handshake.
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_REFUSAL_SECONDS):
-                        await reader.read(1)
-            finally:
-                writer.transport.abort()
-        except ssl.SSLCertVerificationError as error:
-            return f"isn't believed: {error.verify_message}"
-        except ssl.SSLError as error:
-            return f"refuses TLS: {(error.reason or str(error)).lower().replace('_', ' ')}"
-        return None
+        return await tls_refusal(asyncio.open_connection(host, port, ssl=self.tls.context()))
 
     async def _sasl_problem(self, host: str, port: int) -> str | None:
         if self.mechanism is None:

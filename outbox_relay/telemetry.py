@@ -11,6 +11,7 @@ from typing import Any
 
 import structlog
 
+from outbox_relay.errors import SourceRefusedError
 from outbox_relay.message import Delivered, Outcome, Record, Retry, Scope
 
 PROGRESS_INTERVAL_SECONDS = 10.0
@@ -59,7 +60,8 @@ class Telemetry:
 
     def database_unavailable(self, error: BaseException, by: object) -> None:
         """``by`` tells apart who uses the database: the outage is over when it works for all who met it."""
-        since_seconds = self._database.met(by)
+        # What somebody has to mend is said at once, though the outage may have begun as a lost connection.
+        since_seconds = self._database.met(by, str(error) if isinstance(error, SourceRefusedError) else None)
         if since_seconds is not None:
             self._log.warning(
                 "database.unavailable", error=_name(error), reason=str(error), since_seconds=since_seconds
@@ -206,19 +208,22 @@ class _Outage:
         self._met_by: set[object] = set()
         self._began: float | None = None
         self._said: float | None = None
+        self._causes: set[str] = set()
 
     def began(self, ago_seconds: float) -> None:
         """It may turn out to be one; nothing is said yet."""
         if self._began is None:
             self._began = time.monotonic() - ago_seconds
 
-    def met(self, by: object = None) -> float | None:
-        """How long it has lasted, if that is to be said now."""
+    def met(self, by: object = None, cause: str | None = None) -> float | None:
+        """How long it has lasted, if that is to be said now; a ``cause`` is, when it is met first."""
         now = time.monotonic()
         self._met_by.add(by)
         if self._began is None:
             self._began = now
-        if self._said is not None and now - self._said < REPEAT_INTERVAL_SECONDS:
+        is_news = cause is not None and cause not in self._causes
+        self._causes.update([cause] if cause is not None else [])
+        if not is_news and self._said is not None and now - self._said < REPEAT_INTERVAL_SECONDS:
             return None
         self._said = now
         return round(now - self._began, 1)
@@ -230,6 +235,7 @@ class _Outage:
             return None
         lasted = time.monotonic() - self._began
         self._began = self._said = None
+        self._causes.clear()
         return round(lasted, 1)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+# How long a server is given to say what it thinks of a finished handshake.
+_REFUSAL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,32 @@ class Tls:
             f"with the key of {key_file}: isn't PEM, or the two don't belong together, or the key's password is wrong",
             lambda file: context.load_cert_chain(file, key_file, password),
         )
+
+
+async def tls_refusal(handshake: Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> str | None:
+    """Why the server isn't believed, or doesn't take this client; None where it does.
+
+    Raises OSError where it doesn't come to a handshake.
+    """
+    try:
+        reader, writer = await handshake
+        try:
+            # A server that wants a certificate, or another one, says so only after the handshake.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_REFUSAL_SECONDS):
+                    await reader.read(1)
+        finally:
+            writer.transport.abort()
+    except ssl.SSLError as error:
+        return tls_problem(error)
+    return None
+
+
+def tls_problem(error: ssl.SSLError) -> str:
+    """What goes wrong, to follow the name of the server."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"isn't believed: {error.verify_message}"
+    return f"refuses TLS: {(error.reason or str(error)).lower().replace('_', ' ')}"
 
 
 def _load(file: Path, problem: str, load: Callable[[Path], object]) -> None:

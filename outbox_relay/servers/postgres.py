@@ -184,7 +184,8 @@ class PostgresServer:
             lines = (self._data / "postmaster.pid").read_text().split("\n")
         except FileNotFoundError:
             return False
-        return lines[0] == str(self.pid) and len(lines) > 7 and lines[7].strip() == "ready"
+        # "standby" is a hot standby that takes sessions, which only read.
+        return lines[0] == str(self.pid) and len(lines) > 7 and lines[7].strip() in ("ready", "standby")
 
 
 class _PortTakenError(ServerError):

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import asyncpg
 
-from outbox_relay.errors import SourceUnavailableError
+from outbox_relay.errors import SourceRefusedError, SourceUnavailableError
+from outbox_relay.source import handshake
 from outbox_relay.source.statements import quoted
-from outbox_relay.tls import Tls
+from outbox_relay.tls import Tls, tls_problem
+
+_PORT = 5432
 
 #: What a lost database looks like. OSError and TimeoutError come from sockets, UnicodeError for a host that can't be
 #: one, the rest from asyncpg, the last one too: so it answers a statement on a session that the server has ended, after
@@ -28,6 +33,19 @@ FAILURES = (
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
+)
+
+
+class RefusalError(ConnectionError):
+    """A certificate, or a file that a connection needs, keeps it from being made."""
+
+
+#: What isn't over by itself: somebody has to mend it.
+_REFUSALS = (
+    RefusalError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.InsufficientPrivilegeError,
 )
 
 
@@ -47,18 +65,64 @@ class Database:
     schema: str = ""
 
     async def connect(self, application_name: str, *, statement_cache_size: int = 100) -> asyncpg.Connection:
-        """A new connection to a server that can be written to. Raises what is among ``FAILURES``."""
-        return await asyncpg.connect(
-            self.url,
-            password=self.password,
-            ssl=False if self.tls is None else self.tls.context(),
-            # Of several hosts the primary; a lone one is told apart here too, before anything is tried on it.
-            target_session_attrs="read-write",
-            timeout=self.connect_timeout_seconds,
-            command_timeout=self.statement_timeout_seconds,
-            statement_cache_size=statement_cache_size,
-            server_settings={"application_name": application_name},
-        )
+        """A new connection to a server that can be written to: of several hosts to the first such.
+
+        Each has ``connect_timeout_seconds``, so one that never answers doesn't keep the others from being tried.
+        Raises what is among ``FAILURES``.
+        """
+        urls = _each_host(self.url)
+        failures: list[Exception] = []
+        for url in urls:
+            try:
+                return await self._connect(url, application_name, statement_cache_size)
+            except FAILURES as error:
+                failures.append(error)
+        if len(failures) == 1:
+            raise failures[0]
+        reasons = "; ".join(f"{_host(url)}: {what_it_says(error)}" for url, error in zip(urls, failures, strict=True))
+        if any(isinstance(error, _REFUSALS) for error in failures):
+            raise RefusalError(reasons) from failures[0]
+        if all(isinstance(error, asyncpg.TargetServerAttributeNotMatched) for error in failures):
+            raise asyncpg.TargetServerAttributeNotMatched(reasons) from failures[0]
+        raise ConnectionError(reasons) from failures[0]
+
+    async def _connect(self, url: str, application_name: str, statement_cache_size: int) -> asyncpg.Connection:
+        try:
+            # Both as they are now, for a certificate or a password may have been renewed.
+            ssl_context = False if self.tls is None else self.tls.context()
+            password = None if self.password is None else self.password()
+        except (OSError, UnicodeError) as error:
+            raise RefusalError(str(error)) from error
+        try:
+            return await asyncpg.connect(
+                url,
+                password=password,
+                ssl=ssl_context,
+                # A standby is told apart here, before anything is tried on it.
+                target_session_attrs="read-write",
+                timeout=self.connect_timeout_seconds,
+                command_timeout=self.statement_timeout_seconds,
+                statement_cache_size=statement_cache_size,
+                server_settings={"application_name": application_name},
+            )
+        except asyncpg.TargetServerAttributeNotMatched as error:
+            problem = "read-only: a standby, or default_transaction_read_only is on"
+            raise asyncpg.TargetServerAttributeNotMatched(problem) from error
+        except TimeoutError as error:
+            raise TimeoutError(str(error) or f"no answer within {self.connect_timeout_seconds:g} s") from error
+        except ssl.SSLError as error:
+            raise RefusalError(f"the server {tls_problem(error)}") from error
+        except (ConnectionError, asyncpg.ConnectionDoesNotExistError) as error:
+            if reason := await self._tls_refusal(url):
+                raise RefusalError(f"the server {reason}") from error
+            raise
+
+    async def _tls_refusal(self, url: str) -> str | None:
+        parts = urlsplit(url)
+        if self.tls is None or parts.hostname is None:
+            return None
+        host = unquote(parts.hostname)
+        return await handshake.refusal(host, parts.port or _PORT, self.tls, self.connect_timeout_seconds)
 
     async def connect_to_schema(self, application_name: str) -> asyncpg.Connection:
         """As :meth:`connect`, for a session that finds the tables by itself."""
@@ -66,6 +130,19 @@ class Database:
         if self.schema:
             await connection.execute(f"SET search_path = {quoted(self.schema)}")
         return connection
+
+
+def _each_host(url: str) -> list[str]:
+    """A url of one host for each."""
+    parts = urlsplit(url)
+    user, at, hosts = parts.netloc.rpartition("@")
+    if "," not in hosts:
+        return [url]
+    return [urlunsplit(parts._replace(netloc=f"{user}{at}{host}")) for host in hosts.split(",") if host]
+
+
+def _host(url: str) -> str:
+    return urlsplit(url).netloc.rpartition("@")[2]
 
 
 def what_it_says(error: BaseException) -> str:
@@ -167,7 +244,8 @@ class Session:
         except FAILURES as error:
             self.drop()
             detail = what_it_says(error) or f"no answer within {self._database.statement_timeout_seconds} s"
-            raise SourceUnavailableError(f"{doing}: {detail}") from error
+            kind = SourceRefusedError if isinstance(error, _REFUSALS) else SourceUnavailableError
+            raise kind(f"{doing}: {detail}") from error
         except asyncio.CancelledError:
             # A statement cancelled half-way may leave its backend holding locks.
             self.drop()
