@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from aiokafka.conn import AIOKafkaConnection, create_conn
+from aiokafka.protocol.admin import DescribeConfigsRequest
+from aiokafka.protocol.metadata import MetadataRequest
 from confluent_kafka.admin import (
     AclBinding,
     AclOperation,
     AclPermissionType,
     AdminClient,
-    ConfigResource,
     NewTopic,
     ResourcePatternType,
     ResourceType,
@@ -25,8 +28,10 @@ from confluent_kafka.admin import (
 from outbox_relay.servers import free_port
 from outbox_relay.servers.kafka import KafkaServer, _java
 from outbox_relay.servers.kafka_jars import kafka_jars
+from tests.waiting import eventually
 
 _SECONDS = 60.0
+_TOPIC = 2  # of the kinds of things that have a configuration
 _SCRAM = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
 
 
@@ -86,15 +91,12 @@ class KafkaCluster:
         change = UserScramCredentialUpsertion(name, credential, password.encode())
         _done(self._admin.alter_user_scram_credentials([change]))
 
-    def create(self, topic: str, replicas: int = 3, config: Mapping[str, str] | None = None) -> None:
-        _done(self._admin.create_topics([NewTopic(topic, 1, replicas, config=dict(config or {}))]))
-        # The brokers learn of it one after another.
-        ends = time.monotonic() + _SECONDS
+    async def create(self, topic: str, replicas: int = 3, config: Mapping[str, str] | None = None) -> None:
+        """A topic of one partition, known to every broker."""
+        new = NewTopic(topic, 1, replicas, config=dict(config or {}))
+        await asyncio.to_thread(lambda: _done(self._admin.create_topics([new])))
         for node in self._nodes:
-            admin = _client(node.bootstrap_servers)
-            while not (found := admin.list_topics(topic, timeout=_SECONDS).topics[topic]).partitions or found.error:
-                assert time.monotonic() < ends, f"{topic} isn't known to all brokers"
-            _done(admin.describe_configs([ConfigResource(ConfigResource.Type.TOPIC, topic)]))
+            await _until_known(topic, *node.bootstrap_servers.split(":"))
 
     def allow(self, user: str, topic: str, *operations: AclOperation) -> None:
         topic_of = (ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, f"User:{user}", "*")
@@ -110,6 +112,20 @@ class KafkaCluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+async def _until_known(topic: str, host: str, port: str) -> None:
+    connection = await create_conn(host, int(port))
+    try:
+        await eventually(lambda: _knows(connection, topic), f"{host}:{port} knows {topic}")
+    finally:
+        connection.close()
+
+
+async def _knows(connection: AIOKafkaConnection, topic: str) -> bool:
+    (described,) = (await connection.send(DescribeConfigsRequest([(_TOPIC, topic, [])]))).resources
+    (found,) = (await connection.send(MetadataRequest([topic]))).to_object()["topics"]
+    return not described[0] and not found["error_code"] and all(part["leader"] > 0 for part in found["partitions"])
 
 
 def _client(bootstrap_servers: str) -> AdminClient:

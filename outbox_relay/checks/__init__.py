@@ -58,7 +58,11 @@ async def _database(database: Database, table: OutboxTable, needs: Needs) -> tup
         findings += await inspection.run([*tables.CHECKS, *privileges.CHECKS])
         if any(found.kind in _UNREADABLE for found in findings):
             return findings, []
-        return findings, await backlog.read(inspection)
+        try:
+            return findings, await backlog.read(inspection)
+        except asyncpg.PostgresError as error:
+            reason = f"{said(error, database.statement_timeout_seconds)} (the unsent rows)"
+            return [*findings, finding(Kind.DATABASE_FAILED, reason)], []
     except FAILURES as error:
         findings.append(finding(Kind.DATABASE_FAILED, said(error, database.statement_timeout_seconds)))
         return findings, []

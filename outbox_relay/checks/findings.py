@@ -47,7 +47,8 @@ class Kind(Enum):
     DATABASE_FAILED = (
         "database-failed",
         E,
-        "see PostgreSQL's log; if it is only slow, raise database.statement_timeout_seconds",
+        "check again when nobody holds a lock on the tables; else see PostgreSQL's log, and if it is only slow raise"
+        " database.statement_timeout_seconds",
     )
     POSTGRESQL_TOO_OLD = ("postgresql-too-old", E, "upgrade PostgreSQL to {oldest} or later")
     SCHEMA_MISSING = (

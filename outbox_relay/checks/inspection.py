@@ -1,10 +1,12 @@
 """What the checks of PostgreSQL share: one read-only transaction, and what was found out on the way.
 
-No check waits for a lock, every statement has the relay's own timeout, and one that fails leaves the others their turn.
+No check waits for a lock for more than a second, every statement has the relay's own timeout, and one that fails leaves
+the others their turn.
 """
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -16,6 +18,8 @@ from outbox_relay.schema import Layout
 from outbox_relay.source.statements import OutboxTable, quoted, topic_columns
 
 RELAY, SLOT, LAYOUT = "outbox_relay", "outbox_slot", "outbox_layout"
+
+_LOCK_TIMEOUT_MS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,11 @@ class Inspection:
 
     async def begin(self, search_path: str) -> None:
         timeout_ms = int(self.needs.statement_timeout_seconds * 1000)
-        begin = f"BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; SET LOCAL statement_timeout = {timeout_ms}"
+        begin = (
+            "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;"
+            f"SET LOCAL statement_timeout = {timeout_ms};"
+            f"SET LOCAL lock_timeout = {_LOCK_TIMEOUT_MS}"
+        )
         if search_path:
             begin += f"; SET LOCAL search_path = {quoted(search_path)}"
         await self.connection.execute(begin)
@@ -79,6 +87,8 @@ Check: TypeAlias = Callable[[Inspection], AsyncIterator[Finding]]
 
 def said(error: BaseException, timeout_seconds: float) -> str:
     """In one line, and without DETAIL, which may hold a row."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the server isn't believed: {error.verify_message}"
     words = error.args[0] if isinstance(error, asyncpg.PostgresError) and error.args else error
     return " ".join(str(words).split()) or f"no answer within {timeout_seconds:g} s"
 

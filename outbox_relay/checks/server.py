@@ -38,8 +38,9 @@ async def the_role(inspection: Inspection) -> AsyncIterator[Finding]:
 
 
 async def settings(inspection: Inspection) -> AsyncIterator[Finding]:
-    rows = await inspection.connection.fetch("SELECT name, setting FROM pg_settings WHERE name = ANY ($1)", _SETTINGS)
-    of = {row["name"]: row["setting"] for row in rows}
+    # As they are for a new session, whatever this one has set.
+    rows = await inspection.connection.fetch("SELECT name, reset_val FROM pg_settings WHERE name = ANY ($1)", _SETTINGS)
+    of = {row["name"]: row["reset_val"] for row in rows}
     if of["fsync"] == "off":
         yield finding(Kind.FSYNC_OFF, "fsync is off: a crash of the server's machine can destroy the database")
     if of["full_page_writes"] == "off":

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import pty
 import re
+import struct
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +23,26 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+import trustme
 from confluent_kafka.admin import AclOperation
 from sqlalchemy import make_url
 
 from outbox_relay import config, daemon, schema
 from outbox_relay.checks import findings, server
-from outbox_relay.servers import Kafka, PostgresServer
+from outbox_relay.checks.findings import EXIT_UNAVAILABLE, Kind
+from outbox_relay.cli import EXIT_CONFIG
+from outbox_relay.servers import Kafka, PostgresServer, versions
 from tests.acceptance.relays import toml
 from tests.kafka_cluster import KafkaCluster
+from tests.kafka_proxy import API_VERSIONS, INIT_PRODUCER_ID, METADATA, KafkaProxy
+from tests.pgbouncer import pgbouncer
+from tests.tcp_proxy import TcpProxy
 from tests.waiting import eventually
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "check"
-PASSWORD = "pw-2b9f"
+COMMANDS = Path(__file__).parents[2] / "docs" / "commands.md"
+PASSWORD, WRONG_PASSWORD = "pw-2b9f", "wrong-77ab"
+KEY, PAYLOAD = "key-5d1f", b"payload-91c3"
 
 
 @dataclass
@@ -38,7 +51,10 @@ class Stage:
 
     server: PostgresServer
     kafka: KafkaCluster
+    owner_url: str
     owner: asyncpg.Connection
+    #: Makes names of this test's own.
+    suffix: str
     role: str
     user: str
     topic: str
@@ -50,20 +66,25 @@ class Stage:
     #: What golden files have in braces, by what it is here.
     names: dict[str, str] = field(default_factory=dict)
 
+    def url(self, port: int | None = None) -> str:
+        """The relay's, at that port if it isn't the server's own."""
+        url = make_url(self.owner_url).set(username=self.role)
+        return (url if port is None else url.set(port=port)).render_as_string()
+
     async def execute(self, *statements: str) -> None:
         """Of the owner of the tables."""
         for statement in statements:
             await self.owner.execute(statement.format(role=self.role, topic=self.topic))
 
-    async def insert(self, topic: str, key: str | None = "k", payload: bytes = b"x") -> None:
+    async def insert(self, topic: str, key: str | None = KEY, payload: bytes = PAYLOAD) -> None:
         statement = "INSERT INTO outbox (topic, key, payload) VALUES ($1, $2, $3)"
         await self.owner.execute(statement, topic, key, payload)
 
     async def add_topic(self, *, replicas: int = 3, **settings: str) -> str:
         """One more that the relay's user may write to, and a row for it."""
-        topic = f"{self.topic}-more"
+        topic = f"{self.suffix}-more"
         names = {name.replace("_", "."): value for name, value in settings.items()}
-        await asyncio.to_thread(self.kafka.create, topic, replicas, {"min.insync.replicas": "2", **names})
+        await self.kafka.create(topic, replicas, {"min.insync.replicas": "2", **names})
         await self.grant(topic)
         await self.insert(topic)
         return topic
@@ -80,7 +101,7 @@ class Stage:
         text = findings.as_lines(found)
         for name, here in sorted(self.names.items(), key=lambda item: -len(item[1])):
             text = text.replace(here, f"{{{name}}}")
-        return re.sub(r"\b\d+ s\b", "{n} s", text), findings.exit_code(found)
+        return re.sub(r"open for \d+ s", "open for {n} s", text), findings.exit_code(found)
 
 
 Case = Callable[[Stage], Awaitable[None]]
@@ -107,25 +128,34 @@ def cluster(kafka: Kafka) -> Iterator[KafkaCluster]:
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def topic(cluster: KafkaCluster) -> str:
+    name = f"orders-{uuid4().hex[:12]}"
+    asyncio.run(cluster.create(name, 3, {"min.insync.replicas": "2"}))
+    cluster.allow("relay", name, AclOperation.WRITE, AclOperation.DESCRIBE_CONFIGS)
+    return name
+
+
 @pytest.fixture
 async def stage(
-    postgres_server: PostgresServer, cluster: KafkaCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    postgres_server: PostgresServer, cluster: KafkaCluster, topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Stage]:
     suffix = uuid4().hex[:12]
     url = await asyncio.to_thread(postgres_server.create_database, f"orders_{suffix}")
     owner = await asyncpg.connect(url)
-    role, topic = f"relay_{suffix}", f"orders-{suffix}"
+    role = f"relay_{suffix}"
     await schema.apply(owner)
     await owner.execute(re.sub(r"\b(ROLE|TO) (outbox_\w+)", rf"\1 \2_{suffix}", schema.read_roles_sql()))
     await owner.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}' IN ROLE outbox_relay_{suffix}")
-    await asyncio.to_thread(cluster.create, topic, 3, {"min.insync.replicas": "2"})
     password = tmp_path / "password"
     password.write_text(PASSWORD)
     async with contextlib.AsyncExitStack() as stack:
         stage = Stage(
             postgres_server,
             cluster,
+            url,
             owner,
+            suffix,
             role,
             "relay",
             topic,
@@ -142,9 +172,8 @@ async def stage(
             },
             monkeypatch,
             stack,
-            {"topic": topic, "role": role},
+            names={"suffix": suffix, "topic": topic, "role": role},
         )
-        await stage.grant(topic)
         await stage.insert(topic)
         yield stage
     await owner.close(timeout=10)
@@ -161,6 +190,110 @@ async def clean(_: Stage) -> None:
 @case
 async def database_down(stage: Stage) -> None:
     stage.config["database"]["url"] = "postgresql://relay@127.0.0.1:1/orders"
+
+
+@case
+async def database_silent(stage: Stage) -> None:
+    proxy = await stage.stack.enter_async_context(TcpProxy("127.0.0.1", stage.server.port))
+    proxy.stand_still()
+    stage.config["database"] |= {"url": stage.url(proxy.own_port), "connect_timeout_seconds": 0.5}
+
+
+@case
+async def database_password_wrong(stage: Stage) -> None:
+    rules = stage.server.directory / "data" / "pg_hba.conf"
+    usual = rules.read_text()
+
+    async def set_rules(text: str) -> None:
+        rules.write_text(text)
+        await stage.owner.execute("SELECT pg_reload_conf()")
+
+    stage.stack.push_async_callback(set_rules, usual)
+    await set_rules(f"host all {stage.role} 127.0.0.1/32 scram-sha-256\n{usual}")
+    wrong = stage.directory / "wrong"
+    wrong.write_text(WRONG_PASSWORD)
+    stage.config["database"]["password"] = {"file": str(wrong)}
+
+    async def asked() -> bool:
+        try:
+            (await asyncpg.connect(stage.url(), password=WRONG_PASSWORD)).terminate()
+        except asyncpg.InvalidPasswordError:
+            return True
+        return False
+
+    await eventually(asked, "the server asks for a password")
+
+
+@case
+async def database_without_tls(stage: Stage) -> None:
+    stage.config["database"]["tls"] = "verify-full"
+    stage.names["server"] = f"127.0.0.1:{stage.server.port}"
+
+
+@case
+async def database_not_believed(stage: Stage) -> None:
+    await old_server(stage)
+    trustme.CA().cert_pem.write_to_path(stage.directory / "another-ca.pem")
+    stage.config["database"] |= {"tls": "verify-full", "tls_ca_file": str(stage.directory / "another-ca.pem")}
+
+
+@case
+async def old_postgresql(stage: Stage) -> None:
+    await old_server(stage)
+    stage.config["database"] |= {"tls": "verify-full", "tls_ca_file": str(stage.directory / "ca.pem")}
+
+
+async def old_server(stage: Stage) -> None:
+    """PostgreSQL 13, with TLS and nothing in it."""
+    stage.monkeypatch.setitem(versions.POSTGRES, "13", "13.22.0")
+    server = await asyncio.to_thread(PostgresServer.start, version="13")
+    stage.stack.callback(server.close)
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(stage.directory / "ca.pem")
+    certificate = server.directory / "data" / "server.pem"
+    ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(certificate)
+    owner = (server.directory / "data").stat()
+    os.chown(certificate, owner.st_uid, owner.st_gid)
+    certificate.chmod(0o600)
+    connection = await asyncpg.connect(server.url())
+    for name, value in (("ssl_cert_file", "server.pem"), ("ssl_key_file", "server.pem"), ("ssl", "on")):
+        await connection.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+    await connection.execute("SELECT pg_reload_conf()")
+    await eventually(lambda: connection.fetchval("SELECT current_setting('ssl') = 'on'"), "TLS is on")
+    await connection.close()
+    stage.config["database"]["url"] = server.url()
+
+
+@case
+async def table_locked(stage: Stage) -> None:
+    connection = await asyncpg.connect(stage.owner_url)
+    stage.stack.callback(connection.terminate)
+    await connection.execute("BEGIN; LOCK TABLE outbox")
+
+
+@case
+async def catalog_closed(stage: Stage) -> None:
+    await stage.execute("REVOKE EXECUTE ON FUNCTION pg_catalog.row_security_active(oid) FROM PUBLIC")
+
+
+@case
+async def pooler_in_session_mode(stage: Stage) -> None:
+    pooled(stage, "session")
+
+
+@case
+async def pooler_in_transaction_mode(stage: Stage) -> None:
+    pooled(stage, "transaction")
+
+
+@case
+async def pooler_in_statement_mode(stage: Stage) -> None:
+    pooled(stage, "statement")
+
+
+def pooled(stage: Stage, mode: str) -> None:
+    port = stage.stack.enter_context(pgbouncer(mode, stage.server.port, stage.role))
+    stage.config["database"]["url"] = stage.url(port)
 
 
 @case
@@ -208,10 +341,17 @@ async def short_timeouts(stage: Stage) -> None:
 
 
 @case
+async def short_transaction_timeout(stage: Stage) -> None:
+    if await stage.owner.fetchval("SELECT current_setting('server_version_num')::integer") < 170_000:
+        pytest.skip("PostgreSQL has it since 17")
+    await stage.execute("ALTER ROLE {role} SET transaction_timeout = '25s'")
+
+
+@case
 async def long_transaction(stage: Stage) -> None:
     await stage.execute("GRANT pg_read_all_stats TO {role}")
     stage.monkeypatch.setattr(server, "LONG_TRANSACTION_SECONDS", 0)
-    connection = await asyncpg.connect(stage.server.url(await stage.owner.fetchval("SELECT current_database()")))
+    connection = await asyncpg.connect(stage.owner_url)
     stage.stack.callback(connection.terminate)
     await connection.execute("BEGIN; SELECT pg_current_xact_id()")
     stage.names["pid"] = str(connection.get_server_pid())
@@ -273,7 +413,7 @@ async def missing_indexes(stage: Stage) -> None:
 @case
 async def invalid_index(stage: Stage) -> None:
     # As a CREATE INDEX CONCURRENTLY leaves it that is cancelled while it waits for a transaction.
-    other = await asyncpg.connect(stage.server.url(await stage.owner.fetchval("SELECT current_database()")))
+    other = await asyncpg.connect(stage.owner_url)
     stage.stack.callback(other.terminate)
     await stage.execute("DROP INDEX outbox_unsent")
     await other.execute("BEGIN; INSERT INTO outbox (topic, key) VALUES ('t', 'k')")
@@ -337,8 +477,53 @@ async def kafka_down(stage: Stage) -> None:
 
 @case
 async def wrong_kafka_password(stage: Stage) -> None:
-    (stage.directory / "password").write_text("wrong-77ab")
+    (stage.directory / "password").write_text(WRONG_PASSWORD)
     stage.names["broker"] = stage.kafka.sasl[0]
+
+
+@case
+async def kafka_silent(stage: Stage) -> None:
+    proxy = await proxied(stage)
+    proxy.stand_still()
+    stage.config["kafka"]["connect_timeout_seconds"] = 0.5
+    stage.names["proxy"] = proxy.address
+
+
+@case
+async def kafka_that_does_not_answer(stage: Stage) -> None:
+    proxy = await proxied(stage)
+    proxy.swallowed = {INIT_PRODUCER_ID}
+    stage.config["kafka"]["request_timeout_seconds"] = 2.0
+
+
+@case
+async def old_kafka(stage: Stage) -> None:
+    """As brokers before 2.3 say of themselves."""
+
+    def older(_: int, body: bytes) -> bytes:
+        size = struct.calcsize(">hhh")
+        apis = [struct.unpack(">hhh", body[at : at + size]) for at in range(6, len(body) - size + 1, size)]
+        return body[:6] + b"".join(
+            struct.pack(">hhh", key, lowest, min(highest, 7) if key == METADATA else highest)
+            for key, lowest, highest in apis
+        )
+
+    proxy = await proxied(stage)
+    proxy.lies[API_VERSIONS] = older
+    stage.names["proxy"] = proxy.address
+
+
+@case
+async def broker_advertised_wrongly(stage: Stage) -> None:
+    proxy = await proxied(stage)
+    here = b"127.0.0.1" + struct.pack(">i", int(proxy.address.rpartition(":")[2]))
+    proxy.lies[METADATA] = lambda _, body: body.replace(here, b"127.0.0.1" + struct.pack(">i", 1))
+
+
+async def proxied(stage: Stage) -> KafkaProxy:
+    proxy = await stage.stack.enter_async_context(KafkaProxy(stage.kafka.sasl[0]))
+    stage.config["kafka"]["bootstrap_servers"] = [proxy.address]
+    return proxy
 
 
 @case
@@ -349,20 +534,20 @@ async def everything_down(stage: Stage) -> None:
 
 @case
 async def topic_that_is_missing(stage: Stage) -> None:
-    await stage.grant(f"{stage.topic}-none")
-    await stage.insert(f"{stage.topic}-none")
+    await stage.grant(f"{stage.suffix}-none")
+    await stage.insert(f"{stage.suffix}-none")
 
 
 @case
 async def topic_that_is_not_allowed(stage: Stage) -> None:
-    stage.config["kafka"]["allowed_topics"] = [stage.topic, f"{stage.topic}-other*"]
-    await stage.insert(f"{stage.topic}-secret")
+    stage.config["kafka"]["allowed_topics"] = [stage.topic, f"{stage.suffix}-other*"]
+    await stage.insert(f"{stage.suffix}-secret")
 
 
 @case
 async def topic_that_is_allowed_and_missing(stage: Stage) -> None:
-    await stage.grant(f"{stage.topic}-later")
-    stage.config["kafka"]["allowed_topics"] = [f"{stage.topic}-later", f"{stage.topic}*"]
+    await stage.grant(f"{stage.suffix}-later")
+    stage.config["kafka"]["allowed_topics"] = [f"{stage.suffix}-later", stage.topic]
 
 
 @case
@@ -373,9 +558,9 @@ async def topic_that_is_illegal(stage: Stage) -> None:
 
 @case
 async def topics_that_are_forbidden(stage: Stage) -> None:
-    seen, unseen = f"{stage.topic}-seen", f"{stage.topic}-unseen"
+    seen, unseen = f"{stage.suffix}-seen", f"{stage.suffix}-unseen"
     for topic in (seen, unseen):
-        await asyncio.to_thread(stage.kafka.create, topic, 3, {"min.insync.replicas": "2"})
+        await stage.kafka.create(topic, 3, {"min.insync.replicas": "2"})
         await stage.insert(topic)
     await stage.grant(seen, AclOperation.DESCRIBE, AclOperation.DESCRIBE_CONFIGS)
 
@@ -389,8 +574,8 @@ async def nothing_may_be_written(stage: Stage) -> None:
 
 @case
 async def topic_that_can_not_be_described(stage: Stage) -> None:
-    topic = f"{stage.topic}-dim"
-    await asyncio.to_thread(stage.kafka.create, topic)
+    topic = f"{stage.suffix}-dim"
+    await stage.kafka.create(topic)
     await stage.grant(topic, AclOperation.WRITE)
     await stage.insert(topic)
 
@@ -398,7 +583,7 @@ async def topic_that_can_not_be_described(stage: Stage) -> None:
 @case
 async def large_message(stage: Stage) -> None:
     topic = await stage.add_topic(max_message_bytes="600000")
-    await stage.insert(topic, payload=b"x" * 600_000)
+    await stage.insert(topic, payload=PAYLOAD * 50_000)
 
 
 @case
@@ -443,7 +628,103 @@ async def test_each_finding_is_provoked_and_told(name: str, stage: Stage) -> Non
         GOLDEN.mkdir(parents=True, exist_ok=True)
         (GOLDEN / f"{name}.txt").write_text(said)
     assert said == golden(name)
+    assert not any(secret in said for secret in (PASSWORD, WRONG_PASSWORD, KEY, PAYLOAD.decode()))
+
+
+def test_every_finding_has_a_case_and_is_documented() -> None:
+    codes = {(kind.level.value, kind.code) for kind in Kind}
+    lines = "\n".join(golden(name) for name in CASES)
+    assert set(re.findall(r"^(error|warning) ([a-z-]+): ", lines, re.MULTILINE)) == codes
+    table = re.findall(r"^\| `([a-z-]+)` \| (error|warning) \|", COMMANDS.read_text(), re.MULTILINE)
+    assert {(level, code) for code, level in table} == codes
 
 
 def test_every_golden_file_has_a_case() -> None:
     assert {path.stem for path in GOLDEN.iterdir()} == set(CASES)
+
+
+# -- the command itself
+
+
+def command(path: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "outbox_relay", "check", "--config", str(path), *arguments]
+
+
+@pytest.fixture
+def unreachable(tmp_path: Path) -> Path:
+    """A configuration in which both servers are down."""
+    path = tmp_path / "config.toml"
+    path.write_text(
+        '[database]\nurl = "postgresql://relay@127.0.0.1:1/orders"\n[kafka]\nbootstrap_servers = ["127.0.0.1:1"]\n'
+    )
+    return path
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+
+
+async def test_a_sound_set_up_exits_0_and_one_with_an_error_1(stage: Stage) -> None:
+    path = stage.directory / "config.toml"
+    path.write_text(toml(stage.config))
+    done = await asyncio.to_thread(run, *command(path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 errors, 0 warnings\n", "")
+    await stage.insert("none")
+    done = await asyncio.to_thread(run, *command(path))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("error topic-forbidden: ")
+
+
+def test_servers_that_are_down_are_findings_on_stdout(unreachable: Path) -> None:
+    done = run(*command(unreachable))
+    assert (done.returncode, done.stderr) == (EXIT_UNAVAILABLE, "")
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [
+        "error database-unreachable",
+        "error kafka-unreachable",
+        "2 errors, 0 warnings",
+    ]
+
+
+def test_json(unreachable: Path) -> None:
+    done = run(*command(unreachable, "--json"))
+    assert (done.returncode, done.stderr) == (EXIT_UNAVAILABLE, "")
+    found = json.loads(done.stdout)["findings"]
+    assert [(one["level"], one["code"]) for one in found] == [
+        ("error", "database-unreachable"),
+        ("error", "kafka-unreachable"),
+    ]
+    assert found[1]["found"] == "no broker answers at 127.0.0.1:1"
+    assert found[1]["what_to_do"].startswith("start Kafka if it is down")
+
+
+def test_a_table_on_a_terminal(unreachable: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "100"}
+    process = subprocess.Popen(command(unreachable), stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # so Linux says that the other end is closed
+        while piece := os.read(ours, 65_536):
+            said += piece
+    os.close(ours)
+    assert process.wait(60) == EXIT_UNAVAILABLE
+    assert said.decode().replace("\r\n", "\n") == TABLE
+
+
+TABLE = """\
+error    database-unreachable  [Errno 111] Connect call failed ('127.0.0.1', 1).
+                               → start PostgreSQL if it is down, and compare the url, the password
+                               and the tls keys in [database] with it.
+error    kafka-unreachable     no broker answers at 127.0.0.1:1.
+                               → start Kafka if it is down, and compare the addresses and the
+                               security settings in [kafka] with it.
+2 errors, 0 warnings
+"""
+
+
+def test_a_mistake_in_the_configuration_exits_78(unreachable: Path) -> None:
+    unreachable.write_text(unreachable.read_text() + "nonsense = 1\n")
+    done = run(*command(unreachable))
+    assert (done.returncode, done.stdout) == (EXIT_CONFIG, "")
+    assert done.stderr.startswith(f"{unreachable}:5: kafka.nonsense")
