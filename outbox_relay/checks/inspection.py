@@ -6,18 +6,19 @@ the others their turn.
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TypeAlias
 
 import asyncpg
 
 from outbox_relay.checks.findings import Finding, Kind, finding
-from outbox_relay.schema import Layout
-from outbox_relay.source.statements import OutboxTable, quoted, topic_columns
+from outbox_relay.schema import Layout, read_roles_sql
+from outbox_relay.source.statements import OUTBOX, OutboxTable, quoted, topic_columns
 
-RELAY, SLOT, LAYOUT = "outbox_relay", "outbox_slot", "outbox_layout"
+LAYOUT = "outbox_layout"
 
 _LOCK_TIMEOUT_MS = 1000
 
@@ -93,13 +94,28 @@ def said(error: BaseException, timeout_seconds: float) -> str:
     return " ".join(str(words).split()) or f"no answer within {timeout_seconds:g} s"
 
 
+def granted(table: OutboxTable, *roles: str) -> dict[str, dict[str, list[str]]]:
+    """What ``roles.sql`` gives these roles: by table and privilege the columns; none: the whole table."""
+    found: dict[str, dict[str, list[str]]] = {}
+    grants = rf"^GRANT (.+) ON (.+) TO (?:{'|'.join(roles)});$"
+    for privileges, tables in re.findall(grants, read_roles_sql(), re.MULTILINE):
+        for name in tables.split(", "):
+            is_outbox = name == OUTBOX.name
+            of = found.setdefault(table.name if is_outbox else name, {})
+            for privilege, columns in re.findall(r"([A-Z]+)(?: \((.+?)\))?", privileges):
+                of[privilege] = [
+                    getattr(table, column) if is_outbox else column for column in columns.split(", ") if column
+                ]
+    return found
+
+
 def relations(table: OutboxTable) -> list[str]:
-    """The tables that a relay works with."""
-    return [table.name, RELAY, SLOT, LAYOUT]
+    """The tables that a relay works with, the outbox first."""
+    return list(granted(table, "outbox_relay"))
 
 
 def mapped(table: OutboxTable) -> list[tuple[str, str]]:
     """``(setting, column)`` of each column that the relay reads or writes."""
-    names = ("id", "event_id", "key", "type", "payload", "headers", "created_at", "sent_at", "bucket")
+    names = [column.name for column in fields(table) if column.name not in ("name", "topic")]
     named = [(f"table.columns.{name}", getattr(table, name)) for name in names if getattr(table, name)]
     return [*named, *(("table.topic", column) for column in topic_columns(table.topic))]

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from outbox_relay.checks.findings import Finding, Kind, finding
-from outbox_relay.checks.inspection import LAYOUT, RELAY, SLOT, Check, Inspection, mapped
+from outbox_relay.checks.inspection import Check, Inspection, granted, mapped
 
 
 async def privileges_missing(inspection: Inspection) -> AsyncIterator[Finding]:
-    read = list(dict.fromkeys(name for _, name in mapped(inspection.table) if name in inspection.columns))
-    table = inspection.table
-    for name, privilege, of in (
-        (table.name, "SELECT", read),
-        (table.name, "UPDATE", [table.sent_at] if table.sent_at in inspection.columns else []),
-        *((RELAY, privilege, None) for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE")),
-        (SLOT, "SELECT", None),
-        (SLOT, "UPDATE", ["owner", "epoch", "taken_at"]),
-        (LAYOUT, "SELECT", None),
-    ):
-        missing = await _missing(inspection, name, privilege, of)
-        if missing is None:
-            continue
-        what = f"{privilege} ({', '.join(missing)})" if missing else privilege
-        relation = inspection.names[name]
-        found = f"role {inspection.role} lacks {what} on {relation}"
-        yield finding(Kind.PRIVILEGE_MISSING, found, grant=f"{what} ON {relation}", role=inspection.role)
+    read = dict.fromkeys(name for _, name in mapped(inspection.table) if name in inspection.columns)
+    for name, privileges in granted(inspection.table, "outbox_relay").items():
+        for privilege, columns in privileges.items():
+            of = columns
+            if name == inspection.table.name:
+                # Of the outbox what the relay reads; and which columns aren't there is told by another check.
+                of = [column for column in columns or read if column in inspection.columns]
+                if not of:
+                    continue
+            missing = await _missing(inspection, name, privilege, of)
+            if missing is None:
+                continue
+            what = f"{privilege} ({', '.join(missing)})" if missing else privilege
+            relation = inspection.names[name]
+            found = f"role {inspection.role} lacks {what} on {relation}"
+            yield finding(Kind.PRIVILEGE_MISSING, found, grant=f"{what} ON {relation}", role=inspection.role)
 
 
-async def _missing(inspection: Inspection, name: str, privilege: str, of: list[str] | None) -> list[str] | None:
+async def _missing(inspection: Inspection, name: str, privilege: str, of: list[str]) -> list[str] | None:
     """The columns that the privilege is missing for, none meaning the whole table; None: it is there."""
     has = await inspection.connection.fetchval(
         "SELECT has_table_privilege($1::regclass, $2)", inspection.names[name], privilege
     )
-    if has or of == []:
+    if has:
         return None
-    if of is None:
+    if not of:
         return []
     rows = await inspection.connection.fetch(
         """
@@ -59,13 +58,9 @@ async def privileges_in_excess(inspection: Inspection) -> AsyncIterator[Finding]
     ):
         yield finding(Kind.ROLE_OWNER, f"the relay's role {inspection.role} owns {inspection.outbox}")
         return
-    for name, privileges, updated in (
-        (inspection.table.name, ("INSERT", "DELETE", "TRUNCATE"), [inspection.table.sent_at]),
-        (SLOT, ("INSERT", "DELETE", "TRUNCATE"), ["owner", "epoch", "taken_at"]),
-        (LAYOUT, ("INSERT", "DELETE", "TRUNCATE"), []),
-        (RELAY, ("TRUNCATE",), None),
-    ):
-        excess = await _excess(inspection, name, privileges, updated)
+    # A relay that deletes what was sent has both roles.
+    for name, privileges in granted(inspection.table, "outbox_relay", "outbox_pruner").items():
+        excess = await _excess(inspection, name, privileges)
         if excess:
             relation = inspection.names[name]
             what = ", ".join(excess)
@@ -73,10 +68,8 @@ async def privileges_in_excess(inspection: Inspection) -> AsyncIterator[Finding]
             yield finding(Kind.PRIVILEGE_EXCESS, found, grant=f"{what} ON {relation}", role=inspection.role)
 
 
-async def _excess(
-    inspection: Inspection, name: str, privileges: Sequence[str], updated: Sequence[str] | None
-) -> list[str]:
-    """Which of the privileges it has, and UPDATE of which columns besides those; None: it may update all."""
+async def _excess(inspection: Inspection, name: str, privileges: Mapping[str, list[str]]) -> list[str]:
+    """What it may do to the table besides these."""
     relation = inspection.names[name]
     rows = await inspection.connection.fetch(
         """
@@ -86,10 +79,11 @@ async def _excess(
         ORDER BY place
         """,
         relation,
-        privileges,
+        [privilege for privilege in ("INSERT", "DELETE", "TRUNCATE") if privilege not in privileges],
     )
     excess = [row["p"] for row in rows]
-    if updated is None:
+    updated = privileges.get("UPDATE")
+    if updated == []:
         return excess
     columns = await inspection.connection.fetch(
         """
@@ -99,7 +93,7 @@ async def _excess(
         ORDER BY attnum
         """,
         relation,
-        updated,
+        updated or [],
     )
     if columns:
         names = ", ".join(row["quoted"] for row in columns)

@@ -95,6 +95,7 @@ _TYPES = {
     "headers": ("jsonb", "json", "text", "character varying"),
     "created_at": _TIMES,
     "sent_at": _TIMES,
+    "parked_at": _TIMES,
 }
 _AS_TEXT = ("event_id", "key", "type", "topic")
 _NEVER_NULL = ("id", "event_id", "bucket")
@@ -102,7 +103,7 @@ _NEVER_NULL = ("id", "event_id", "bucket")
 
 async def indexes(inspection: Inspection) -> AsyncIterator[Finding]:
     table = inspection.table
-    bucket, id_, sent_at = await inspection.quote(table.bucket, table.id, table.sent_at)
+    bucket, id_, sent_at, parked_at = await inspection.quote(table.bucket, table.id, table.sent_at, table.parked_at)
     rows = await inspection.connection.fetch(
         """
         SELECT i.indexrelid::regclass::text AS name, i.indisvalid AND i.indisready AS valid, i.indisunique,
@@ -116,14 +117,18 @@ async def indexes(inspection: Inspection) -> AsyncIterator[Finding]:
         inspection.outbox,
     )
     unsent = [
-        row for row in rows if row["columns"] == [table.bucket, table.id] and row["predicate"] == f"({sent_at} IS NULL)"
+        row
+        for row in rows
+        if row["columns"] == [table.bucket, table.id]
+        and row["predicate"] == f"(({sent_at} IS NULL) AND ({parked_at} IS NULL))"
     ]
     unique = [row for row in rows if row["columns"] == [table.id] and row["indisunique"] and row["predicate"] is None]
     for found, purpose, needed in (
         (
             unsent,
             "over the unsent rows, so that each claim reads the whole table",
-            f"INDEX CONCURRENTLY outbox_unsent ON {inspection.outbox} ({bucket}, {id_}) WHERE {sent_at} IS NULL",
+            f"INDEX CONCURRENTLY outbox_unsent ON {inspection.outbox} ({bucket}, {id_})"
+            f" WHERE {sent_at} IS NULL AND {parked_at} IS NULL",
         ),
         (
             unique,

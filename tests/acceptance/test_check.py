@@ -362,7 +362,7 @@ async def long_transaction(stage: Stage) -> None:
 
 @case
 async def no_schema(stage: Stage) -> None:
-    await stage.execute("DROP TABLE outbox, outbox_relay, outbox_slot, outbox_layout")
+    await stage.execute("DROP TABLE outbox, outbox_layout")
 
 
 @case
@@ -418,7 +418,7 @@ async def invalid_index(stage: Stage) -> None:
     await stage.execute("DROP INDEX outbox_unsent")
     await other.execute("BEGIN; INSERT INTO outbox (topic, key) VALUES ('t', 'k')")
     await stage.owner.execute("SET statement_timeout = '200ms'")
-    index = "CREATE INDEX CONCURRENTLY outbox_unsent ON outbox (bucket, id) WHERE sent_at IS NULL"
+    index = "CREATE INDEX CONCURRENTLY outbox_unsent ON outbox (bucket, id) WHERE sent_at IS NULL AND parked_at IS NULL"
     with pytest.raises(asyncpg.QueryCanceledError):
         await stage.owner.execute(index)
     await stage.owner.execute("RESET statement_timeout")
@@ -443,10 +443,11 @@ async def too_few_privileges(stage: Stage) -> None:
     group = stage.role.replace("relay", "outbox_relay")
     await stage.execute(
         f"REVOKE SELECT ON outbox, outbox_layout FROM {group}",
-        f"REVOKE UPDATE (sent_at) ON outbox FROM {group}",
+        f"REVOKE UPDATE (parked_at) ON outbox FROM {group}",
         f"REVOKE DELETE ON outbox_relay FROM {group}",
         f"REVOKE UPDATE (epoch) ON outbox_slot FROM {group}",
-        f"GRANT SELECT (id, event_id, topic, key, type, headers, created_at, sent_at, bucket) ON outbox TO {group}",
+        "GRANT SELECT (id, event_id, topic, key, type, headers, created_at, sent_at, parked_at, bucket)"
+        f" ON outbox TO {group}",
     )
 
 
@@ -455,6 +456,12 @@ async def too_many_privileges(stage: Stage) -> None:
     await stage.execute(
         "GRANT INSERT, DELETE, UPDATE (payload, topic) ON outbox TO {role}", "GRANT ALL ON outbox_layout TO {role}"
     )
+
+
+@case
+async def deleting_what_was_sent(stage: Stage) -> None:
+    """Allowed, for a relay that has relay.retention_hours."""
+    await stage.execute(f"GRANT outbox_pruner_{stage.suffix} TO {{role}}")
 
 
 @case
@@ -584,6 +591,17 @@ async def topic_that_can_not_be_described(stage: Stage) -> None:
 async def large_message(stage: Stage) -> None:
     topic = await stage.add_topic(max_message_bytes="600000")
     await stage.insert(topic, payload=PAYLOAD * 50_000)
+
+
+@case
+async def large_message_that_is_parked(stage: Stage) -> None:
+    topic = await stage.add_topic(max_message_bytes="600000")
+    await stage.insert(topic, payload=PAYLOAD * 50_000)
+    await stage.execute(
+        "UPDATE outbox SET parked_at = now() WHERE octet_length(payload) > 600000",
+        "INSERT INTO outbox_parked (id, bucket, topic, key, state)"
+        " SELECT id, bucket, topic, key, 'dead' FROM outbox WHERE parked_at IS NOT NULL",
+    )
 
 
 @case
