@@ -7,7 +7,6 @@ the others their turn.
 from __future__ import annotations
 
 import re
-import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TypeAlias
@@ -16,6 +15,7 @@ import asyncpg
 
 from outbox_relay.checks.findings import Finding, Kind, finding
 from outbox_relay.schema import Layout, read_roles_sql
+from outbox_relay.source.session import what_it_says
 from outbox_relay.source.statements import OUTBOX, OutboxTable, quoted, topic_columns
 
 LAYOUT = "outbox_layout"
@@ -87,11 +87,8 @@ Check: TypeAlias = Callable[[Inspection], AsyncIterator[Finding]]
 
 
 def said(error: BaseException, timeout_seconds: float) -> str:
-    """In one line, and without DETAIL, which may hold a row."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the server isn't believed: {error.verify_message}"
-    words = error.args[0] if isinstance(error, asyncpg.PostgresError) and error.args else error
-    return " ".join(str(words).split()) or f"no answer within {timeout_seconds:g} s"
+    """In one line."""
+    return " ".join(what_it_says(error).split()) or f"no answer within {timeout_seconds:g} s"
 
 
 def granted(table: OutboxTable, *roles: str) -> dict[str, dict[str, list[str]]]:

@@ -30,7 +30,7 @@ from sqlalchemy import make_url
 from outbox_relay import config, daemon, schema
 from outbox_relay.checks import findings, server
 from outbox_relay.checks.findings import EXIT_UNAVAILABLE, Kind
-from outbox_relay.cli import EXIT_CONFIG
+from outbox_relay.cli_failures import EXIT_CONFIG
 from outbox_relay.servers import Kafka, PostgresServer, versions
 from tests.acceptance.relays import toml
 from tests.kafka_cluster import KafkaCluster
