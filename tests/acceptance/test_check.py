@@ -598,7 +598,7 @@ async def large_message_that_is_parked(stage: Stage) -> None:
     topic = await stage.add_topic(max_message_bytes="600000")
     await stage.insert(topic, payload=PAYLOAD * 50_000)
     await stage.execute(
-        "UPDATE outbox SET parked_at = now() WHERE octet_length(payload) > 600000",
+        "UPDATE outbox SET parked_at = now() WHERE octet_length(payload) = 600000",
         "INSERT INTO outbox_parked (id, bucket, topic, key, state)"
         " SELECT id, bucket, topic, key, 'dead' FROM outbox WHERE parked_at IS NOT NULL",
     )
