@@ -1,14 +1,29 @@
-"""Who did what: one row of ``outbox_audit`` for each transaction of an operator's command, committed with it."""
+"""What operators' transactions have in common: they wait for locks only so long, are durable, and leave a row of
+``outbox_audit`` that says who did what.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from outbox_relay.source.session import Session
+
+#: So long a command waits for a relay to give a slot's lock back. A transaction of a relay takes milliseconds; one of a
+#: frozen host ends with its statement timeout.
+LOCK_SECONDS = 10.0
+
+_SETTINGS = """
+-- wait for locks so long
+SELECT set_config('lock_timeout', $1, true),
+       set_config('synchronous_commit',
+                  CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
+                  true)
+"""
 
 _RECORD = """
 -- audit
@@ -39,3 +54,11 @@ class Deed:
 async def record(session: Session, deed: Deed, ids: Sequence[int] = ()) -> None:
     """In the transaction that changes these rows."""
     await session.fetch(_RECORD, deed.by_whom, deed.command, deed.selector, len(ids), list(ids), deed.reason)
+
+
+@contextlib.asynccontextmanager
+async def transaction(session: Session) -> AsyncIterator[None]:
+    """For statements that change something, and :func:`record`."""
+    async with session.transaction():
+        await session.fetch(_SETTINGS, f"{LOCK_SECONDS * 1000:.0f}")
+        yield

@@ -20,6 +20,7 @@ from outbox_relay.adoption import adoption_sql
 from outbox_relay.checks import findings
 from outbox_relay.cli_dead import dead_group
 from outbox_relay.cli_failures import failing_clearly
+from outbox_relay.cli_outbox import explain_row, pause_topic, replay_rows, resume_topic
 from outbox_relay.errors import ConfigError, OutboxRelayError, SourceUnavailableError
 from outbox_relay.source.session import what_it_says
 
@@ -34,7 +35,8 @@ def main() -> None:
     """Carry what an application committed to PostgreSQL into Kafka."""
 
 
-main.add_command(dead_group)
+for command in (dead_group, explain_row, pause_topic, resume_topic, replay_rows):
+    main.add_command(command)
 
 
 @main.command()

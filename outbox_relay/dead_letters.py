@@ -36,19 +36,8 @@ DISCARDED = ("dead", "retry", "blocked", "topic")
 
 #: One transaction changes no more; the relay that owns the slot waits meanwhile.
 MOST_ROWS_AT_ONCE = 1_000
-#: So long a command waits for a relay to give the slot's lock back. A transaction of a relay takes milliseconds; one
-#: of a frozen host ends with its statement timeout.
-LOCK_SECONDS = 10.0
 #: Of rows that wait behind another so many are counted.
 MOST_BEHIND = 1_000
-
-_SETTINGS = """
--- wait for locks so long
-SELECT set_config('lock_timeout', $1, true),
-       set_config('synchronous_commit',
-                  CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
-                  true)
-"""
 
 _LOCK = """
 -- lock the slot
@@ -434,15 +423,14 @@ class DeadLetters:
     @contextlib.asynccontextmanager
     async def _locked(self, slot: int) -> AsyncIterator[None]:
         """A transaction in which nobody else changes a parked row of the slot, nor claims from it."""
-        async with self._session.transaction():
-            await self._session.fetch(_SETTINGS, f"{LOCK_SECONDS * 1000:.0f}")
+        async with audit.transaction(self._session):
             try:
                 await self._session.fetch(_LOCK, slot)
             except SourceUnavailableError as error:
                 if isinstance(error.__cause__, asyncpg.LockNotAvailableError):
                     raise SourceUnavailableError(
-                        f"slot {slot} was locked by its relay for {LOCK_SECONDS:g} s: if that lasts, its host may be"
-                        " frozen, or somebody else has locked it; look for it in pg_locks"
+                        f"slot {slot} was locked by its relay for {audit.LOCK_SECONDS:g} s: if that lasts, its host may"
+                        " be frozen, or somebody else has locked it; look for it in pg_locks"
                     ) from error
                 raise
             yield

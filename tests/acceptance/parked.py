@@ -67,6 +67,13 @@ async def blocked(connection: asyncpg.Connection, topic: str, key: str | None) -
     return await park(connection, await insert(connection, topic, key), "blocked")
 
 
+async def sent(connection: asyncpg.Connection, topic: str, key: str | None, at: str, **columns: Any) -> int:
+    """A new row that was sent at that time."""
+    id_ = await insert(connection, topic, key, **columns)
+    await connection.execute("UPDATE outbox SET sent_at = $2::text::timestamptz WHERE id = $1", id_, at)
+    return id_
+
+
 async def broken_rules(connection: asyncpg.Connection) -> dict[str, list[int]]:
     """By rule, the rows that break it; empty where all is well. Each rule is looked at in one snapshot."""
     found = {rule: [row["id"] for row in await connection.fetch(sql)] for rule, sql in _BROKEN.items()}

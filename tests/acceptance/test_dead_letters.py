@@ -14,32 +14,18 @@ from typing import Any
 
 import asyncpg
 import pytest
-from click.testing import CliRunner, Result
 
-from outbox_relay import cli, dead_letters
+from outbox_relay import audit, dead_letters
 from outbox_relay.dead_letters import DISCARDED, DeadLetters, Edit, Selector
 from outbox_relay.errors import RefusedError, SourceUnavailableError
-from outbox_relay.source import session
 from outbox_relay.source.session import Session
 from outbox_relay.source.statements import OutboxTable
+from tests.acceptance.commands import invoke, outbox_relay, session_on
 from tests.acceptance.parked import blocked, broken_rules, dead, insert, park
 from tests.acceptance.test_existing_tables import COLUMNS, DEBEZIUM, adopt, write_config
 from tests.conftest import Database
 
 ERROR = "MessageSizeTooLargeError"
-
-
-async def invoke(*arguments: str, input: bytes | None = None) -> Result:
-    """The command, in this process, with no terminal to ask on."""
-    return await asyncio.to_thread(CliRunner().invoke, cli.main, arguments, input, catch_exceptions=False)
-
-
-async def outbox_relay(database: Database, *arguments: str, input: bytes | None = None) -> str:
-    """What the command says; it succeeds."""
-    command, _, url = arguments, *("--database-url", database.url)
-    result = await invoke(*command, "--database-url", url, input=input)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 async def states(connection: asyncpg.Connection) -> dict[int, str]:
@@ -55,7 +41,7 @@ async def audited(connection: asyncpg.Connection) -> list[tuple[Any, ...]]:
 
 
 def on(database: Database, table: OutboxTable | None = None, schema: str = "") -> tuple[Session, DeadLetters]:
-    opened = Session(session.Database(database.url, 10.0, 10.0, schema=schema), "test")
+    opened = session_on(database, schema)
     return opened, DeadLetters(opened, table) if table is not None else DeadLetters(opened)
 
 
@@ -242,7 +228,7 @@ async def test_a_slot_that_is_locked_is_waited_for_only_so_long(
     assert await discarding == 1
     assert await states(connection) == {id_: "discarded"}
 
-    monkeypatch.setattr(dead_letters, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(audit, "LOCK_SECONDS", 0.1)
     async with connection.transaction():
         await connection.execute("SELECT FROM outbox_slot FOR NO KEY UPDATE")
         with pytest.raises(

@@ -18,7 +18,8 @@ from outbox_relay.outbox import Message
 from outbox_relay.servers import Kafka
 from outbox_relay.source import session
 from outbox_relay.source.statements import OUTBOX
-from tests.acceptance.parked import dead
+from tests.acceptance.commands import invoke
+from tests.acceptance.parked import dead, sent
 from tests.acceptance.relays import compare, drained, new_topic, relay_process
 from tests.conftest import Database
 
@@ -118,16 +119,21 @@ async def test_a_relay_can_only_mark(statement: str, users: dict[str, str]) -> N
 async def test_an_operator_decides_with_this_role_alone(users: dict[str, str], outbox_database: Database) -> None:
     connection = await outbox_database.connect()
     ids = [await dead(connection, "orders", f"k{number}") for number in range(3)]
+    await sent(connection, "orders", "k", "2026-01-31 12:00+00")
     for arguments in (
-        ["list"],
-        ["show", str(ids[0])],
-        ["show", str(ids[0]), "--payload"],
-        ["retry", str(ids[0]), "--yes"],
-        ["retry", str(ids[1]), "--edit", "--set-topic", "payments", "--set-header", "a=b", "--yes"],
-        ["discard", str(ids[2]), "--reason", "r", "--yes"],
+        "dead list",
+        f"dead show {ids[0]}",
+        f"dead show {ids[0]} --payload",
+        f"dead retry {ids[0]} --yes",
+        f"dead retry {ids[1]} --edit --set-topic payments --set-header a=b --yes",
+        f"dead discard {ids[2]} --reason r --yes",
+        f"explain {ids[0]}",
+        f"explain {ids[2]}",
+        "pause orders --reason r",
+        "resume orders",
+        "replay --topic orders --since 2026-01-01T00:00Z --yes",
     ):
-        command = ["dead", *arguments, "--database-url", users["outbox_operator"]]
-        result = await asyncio.to_thread(CliRunner().invoke, cli.main, command)
+        result = await invoke(*arguments.split(), "--database-url", users["outbox_operator"])
         assert result.exit_code == 0, result.output
     assert {row["by_role"] for row in await connection.fetch("SELECT by_role FROM outbox_audit")} == {
         make_url(users["outbox_operator"]).username
