@@ -24,6 +24,7 @@ from outbox_relay.tls import Tls
 # PostgreSQL counts in whole milliseconds, and takes 0 for no timeout at all.
 Seconds = Annotated[float, Field(ge=0.001, le=86_400, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+Followers = Literal["block", "skip"]
 
 _TOPIC_OR_PREFIX = re.compile(r"[a-zA-Z0-9._-]{1,249}\*?|\*")
 
@@ -346,6 +347,9 @@ class RelayConfig(_Table):
     poll_ceiling_seconds: Annotated[Seconds, _at_least("poll_floor_seconds")] = 0.5
     retry_first_seconds: Seconds = 0.5
     retry_ceiling_seconds: Annotated[Seconds, _at_least("retry_first_seconds")] = 30.0
+    max_attempts: Annotated[int, Field(ge=1, le=10_000)] = 10
+    followers: Followers = "block"
+    followers_of: dict[Annotated[str, AfterValidator(_topic_or_prefix)], Followers] = Field(default_factory=dict)
     heartbeat_seconds: Seconds = 1.0
     lease_seconds: Annotated[Seconds, _at_least("heartbeat_seconds", times=3)] = 15.0
     shutdown_grace_seconds: Seconds = 20.0

@@ -129,6 +129,8 @@ def _told(mistake: ErrorDetails, type_: type[BaseModel]) -> Iterator[tuple[Place
     elif mistake["type"] == "model_type":
         shape = getattr(_table_at(place, type_), "shape", f"a table, [{'.'.join(place)}]")
         yield place, f"must be {shape}"
+    elif mistake["type"] == "dict_type":
+        yield place, "must be a table, { name = value, … }"
     else:
         yield place, re.sub("^(Value error, |[A-Z][a-z]+ should )", _must, mistake["msg"])
 
@@ -138,7 +140,7 @@ def _place(mistake: ErrorDetails) -> Place:
     for part in mistake["loc"]:
         if isinstance(part, int):
             place[-1] += f"[{part}]"
-        else:
+        elif part != "[key]":  # of a key that is itself the mistake
             place.append(part)
     return tuple(place)
 

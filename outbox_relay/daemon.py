@@ -19,6 +19,7 @@ from outbox_relay import __version__, checks, schema
 from outbox_relay import dry_run as next_
 from outbox_relay.config import Config, load_provider
 from outbox_relay.errors import SchemaError, SourceUnavailableError
+from outbox_relay.failures import Policies, Policy
 from outbox_relay.kafka_security import KafkaSecurity
 from outbox_relay.publisher import KafkaPublisher
 from outbox_relay.relay import Poll, Relay
@@ -90,6 +91,20 @@ def database_of(config: Config) -> Database:
 def table_of(config: Config) -> OutboxTable:
     """What the outbox table and its columns are called."""
     return OutboxTable(config.table.name, config.table.topic, **config.table.columns.model_dump())
+
+
+def policies_of(config: Config) -> Policies:
+    """What becomes of rows that Kafka refuses."""
+    relay = config.relay
+
+    def policy(followers: str) -> Policy:
+        return Policy(max_attempts=relay.max_attempts, block=followers == "block")
+
+    return Policies(
+        Backoff(relay.retry_first_seconds, relay.retry_ceiling_seconds),
+        policy(relay.followers),
+        {topic: policy(followers) for topic, followers in relay.followers_of.items()},
+    )
 
 
 def kafka_security_of(config: Config) -> KafkaSecurity:
@@ -243,7 +258,7 @@ def _source(
         layout_buckets=layout.buckets,
         layout_slots=layout.slots,
         batch_rows=config.relay.batch_rows,
-        backoff=Backoff(config.relay.retry_first_seconds, config.relay.retry_ceiling_seconds),
+        policies=policies_of(config),
         table=table_of(config),
     )
 

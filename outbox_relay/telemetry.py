@@ -165,8 +165,22 @@ class Telemetry:
             retry_in_seconds=round(retry_in_seconds, 3),
         )
 
+    def dead(self, retry: Retry, attempts: int) -> None:
+        self._log.error(
+            "row.dead",
+            id=retry.record.id,
+            event_id=retry.record.event_id,
+            topic=retry.record.topic,
+            error=retry.error,
+            reason=retry.reason,
+            attempts=attempts,
+        )
+
+    def parked(self, rows: int) -> None:
+        self._log.debug("rows.parked", rows=rows)
+
     def row_accepted(self, record: Record) -> None:
-        """Only after :meth:`refused` of that row, or one before it of its key."""
+        """Only after :meth:`refused` or :meth:`dead` of that row."""
         self._log.info("row.accepted", id=record.id, event_id=record.event_id, topic=record.topic)
 
     def topic_accepted(self, topic: str) -> None:

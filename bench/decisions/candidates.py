@@ -13,9 +13,9 @@ from typing import cast
 import asyncpg
 
 from outbox_relay.config import Config
+from outbox_relay.daemon import policies_of
 from outbox_relay.errors import SourceUnavailableError
 from outbox_relay.relay import Claim
-from outbox_relay.retry import Backoff
 from outbox_relay.schema import Layout
 from outbox_relay.source.polling import PollingSource
 from outbox_relay.source.session import Session
@@ -35,7 +35,7 @@ class _Alternative(PollingSource):
             layout_buckets=layout.buckets,
             layout_slots=slots,
             batch_rows=config.relay.batch_rows,
-            backoff=Backoff(config.relay.retry_first_seconds, config.relay.retry_ceiling_seconds),
+            policies=policies_of(config),
         )
         self._timeout = f"{int(config.database.statement_timeout_seconds * 1000)}ms"
         self._patience_seconds = config.relay.lease_seconds

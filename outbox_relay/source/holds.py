@@ -44,6 +44,11 @@ class Holds(Generic[W]):
         """It works again; whether it had been held."""
         return self._holds.pop(what, None) is not None
 
+    def failures(self, what: W) -> int:
+        """How often in a row it failed."""
+        hold = self._holds.get(what)
+        return 0 if hold is None else hold.attempts
+
     def active(self) -> list[W]:
         """What is still waiting now."""
         now = self._clock()

@@ -18,17 +18,19 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 import asyncpg
 
 from outbox_relay.errors import SourceUnavailableError
+from outbox_relay.failures import Policies
 from outbox_relay.message import RESERVED_HEADERS, Delivered, Header, Outcome, Record, Retry, Scope
 from outbox_relay.relay import Claim
 from outbox_relay.retry import Backoff
 from outbox_relay.source.holds import Holds
+from outbox_relay.source.parking import Ownership, Parking
 from outbox_relay.source.session import Session
 from outbox_relay.source.slots import Slots
 from outbox_relay.source.statements import OUTBOX, OWN, RELEASE, OutboxTable, Statements
@@ -47,9 +49,6 @@ _MANY_REFUSED = 20
 #: What waits together: a ``(topic, key)``, or a row without a key by its id.
 Line: TypeAlias = tuple[str, str] | int
 
-#: ``(slot, epoch)``: what a row was claimed under.
-Ownership: TypeAlias = tuple[int, int]
-
 
 class PollingSource:
     """One lane of the polling source; see :class:`outbox_relay.relay.Source`."""
@@ -64,7 +63,7 @@ class PollingSource:
         layout_buckets: int,
         layout_slots: int,
         batch_rows: int,
-        backoff: Backoff,
+        policies: Policies,
         table: OutboxTable = OUTBOX,
     ) -> None:
         self._session = session
@@ -79,9 +78,8 @@ class PollingSource:
         self._claimed: dict[int, Ownership] = {}  # by id, the claim that is out
         self._published: dict[int, Ownership] = {}  # by id, acknowledged by Kafka and not marked yet
         self._postponed: set[int] = set()  # of the published, those that a stranger had locked when last looked at
-        self._held_topics: Holds[str] = Holds(backoff)
-        self._held: Holds[Line] = Holds(backoff)
         self._locked: Holds[Line] = Holds(_LOCKED)
+        self._parking = Parking(session, telemetry, policies, table, layout_slots=layout_slots, batch_rows=batch_rows)
 
     # -- the three verbs
 
@@ -101,9 +99,11 @@ class PollingSource:
             leaving = (self._slots.surplus & epochs.keys()) - self._unsettled_slots(settled)
             await self._release(leaving)
             epochs = {slot: epoch for slot, epoch in epochs.items() if slot not in self._slots.surplus}
+            await self._parking.release_due(self._buckets(epochs))
             rows = await self._read(epochs, settled)
+            parked = await self._parking.hold_back(rows)
         self._committed(settled, leaving)
-        records = self._records(rows, epochs)
+        records = self._records([row for row in rows if row["id"] not in parked], epochs)
         self._telemetry.claimed(records)
         return Claim(records, lambda: self._slots.held(epochs), is_idle=not rows)
 
@@ -113,17 +113,11 @@ class PollingSource:
             ownership = self._claimed.pop(outcome.record.id)
             if isinstance(outcome, Delivered):
                 self._published[outcome.record.id] = ownership
-                if self._held or self._held_topics:
-                    if self._held.clear(_line(outcome.record)):
-                        self._telemetry.row_accepted(outcome.record)
-                    topic = outcome.record.topic
-                    # One partition of it may answer while another doesn't.
-                    if topic not in refused_topics and self._held_topics.clear(topic):
-                        self._telemetry.topic_accepted(topic)
+                self._parking.delivered(outcome.record, topic_refused=outcome.record.topic in refused_topics)
             elif isinstance(outcome, Retry) and outcome.scope is Scope.ROW:
-                self._telemetry.refused(outcome, *self._held.hold(_line(outcome.record)))
-        for topic, retry in refused_topics.items():
-            self._telemetry.refused(replace(retry, scope=Scope.TOPIC), *self._held_topics.hold(topic))
+                self._parking.row_refused(outcome, ownership)
+        for retry in refused_topics.values():
+            self._parking.topic_refused(replace(retry, scope=Scope.TOPIC))
 
     async def release(self) -> None:
         self._slots.set_ready(self._lane, False)
@@ -165,7 +159,14 @@ class PollingSource:
         return ours
 
     async def _settle(self, epochs: dict[int, int]) -> set[int]:
-        """Mark what Kafka acknowledged; the ids that need nothing more."""
+        """Mark what Kafka acknowledged, park what it refused; the ids that need nothing more."""
+        self._parking.pause(self._slots.paused_topics)
+        await self._parking.learn(epochs, self._buckets(epochs))
+        settled = await self._mark(epochs)
+        await self._parking.settle(settled)
+        return settled
+
+    async def _mark(self, epochs: dict[int, int]) -> set[int]:
         ids = [id_ for id_, (slot, epoch) in self._published.items() if epochs.get(slot) == epoch]
         if not ids:
             return set()
@@ -192,30 +193,35 @@ class PollingSource:
 
         ``settled`` are known to be marked, in this very transaction or before.
         """
-        buckets = [b for b in range(self._layout_buckets) if b % self._layout_slots in epochs]
+        buckets = self._buckets(epochs)
         if not buckets:
             return []
         if self._claim is None:
             ((kind,),) = await self._session.fetch(self._statements.payload_type)
             self._claim = self._statements.claim[kind]
-        held = {*self._held.active(), *self._locked.active()}
-        keys = [line for line in held if isinstance(line, tuple)]
+        locked = self._locked.active()
+        lines = [*(line for line in locked if isinstance(line, tuple)), *self._parking.refused_lines()]
+        rows = (line for line in locked if isinstance(line, int))
         return await self._session.fetch(
             self._claim,
             buckets,
             max(1, self._batch_rows // len(buckets)),
             self._batch_rows,
-            [*(self._published.keys() - settled), *(line for line in held if isinstance(line, int))],
-            self._held_topics.active(),
-            [topic for topic, _ in keys],
-            [key for _, key in keys],
+            [*(self._published.keys() - settled), *rows, *self._parking.refused_ids],
+            self._parking.held_topics(),
+            [topic for topic, _ in lines],
+            [key for _, key in lines],
         )
+
+    def _buckets(self, epochs: Mapping[int, int]) -> list[int]:
+        return [bucket for bucket in range(self._layout_buckets) if bucket % self._layout_slots in epochs]
 
     # -- after the commit
 
     def _committed(self, settled: set[int], leaving: Collection[int]) -> None:
         for id_ in settled:
             self._published.pop(id_, None)
+        self._parking.committed(settled)
         if settled:
             self._telemetry.settled(sorted(settled))
         if leaving:

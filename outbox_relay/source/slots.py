@@ -86,7 +86,8 @@ SELECT EXISTS (SELECT FROM renewed) AS registered,
        ARRAY(SELECT s.slot FROM outbox_slot s
              WHERE s.owner IS NULL
                 OR (s.owner <> $1 AND s.owner NOT IN (SELECT a.relay_id FROM alive a))) AS free,
-       (SELECT count(*) FROM outbox_slot) AS slots
+       (SELECT count(*) FROM outbox_slot) AS slots,
+       ARRAY(SELECT paused.topic FROM outbox_pause paused) AS paused_topics
 """
 
 TAKE = f"""
@@ -162,6 +163,7 @@ class Slots:
         # Peers whose lock is missed, by id and when they were heard of last.
         self._unlocked_since: dict[tuple[int, datetime], float] = {}
         self._ready = [False] * lanes
+        self.paused_topics: frozenset[str] = frozenset()  #: whose rows wait until an operator resumes them
         self._valid_until = 0.0
         self._nudge = asyncio.Event()
         self._first_beat = asyncio.Event()
@@ -249,6 +251,7 @@ class Slots:
             self._nudge.set()
             return
         self._valid_until = asked_at + self._lease_seconds
+        self.paused_topics = frozenset(row["paused_topics"])
         unlocked = zip(row["unlocked_peers"], row["unlocked_renewed_at"], strict=True)
         self._unlocked_since = {peer: self._unlocked_since.get(peer, asked_at) for peer in unlocked}
         # What was read before a release that has happened meanwhile must not bring the slot back.

@@ -78,3 +78,8 @@ async def broken_rules(connection: asyncpg.Connection) -> dict[str, list[int]]:
     """By rule, the rows that break it; empty where all is well. Each rule is looked at in one snapshot."""
     found = {rule: [row["id"] for row in await connection.fetch(sql)] for rule, sql in _BROKEN.items()}
     return {rule: ids for rule, ids in found.items() if ids}
+
+
+async def states(connection: asyncpg.Connection) -> dict[int, str]:
+    """By id, the state of each row of ``outbox_parked``."""
+    return {row["id"]: row["state"] for row in await connection.fetch("SELECT id, state FROM outbox_parked")}

@@ -179,7 +179,8 @@ async def test_a_row_too_large_for_its_topic_holds_its_key_alone_until_the_limit
         bad, followers = ids[487], ids[507::20]
         await eventually(lambda: len(relay.ids("claim.settled")) == 999 - len(followers), "all other keys flow")
         refused = [await relay.event("row.refused", id=bad, attempts=n) for n in (1, 2, 3, 4)]
-        assert [event["retry_in_seconds"] for event in refused] == [0.1, 0.2, 0.4, 0.4]
+        for event, most_seconds in zip(refused, (0.1, 0.2, 0.4, 0.4), strict=True):
+            assert most_seconds / 2 <= event["retry_in_seconds"] <= most_seconds
         assert {event["error"] for event in refused} == {"MessageSizeTooLargeError"}
         assert "max.message.bytes" in refused[0]["reason"]
         assert {event["id"] for event in relay.events("row.refused")} == {bad}

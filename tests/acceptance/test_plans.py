@@ -25,6 +25,7 @@ import structlog
 from sqlalchemy import make_url
 
 from outbox_relay import schema, status
+from outbox_relay.failures import Policies
 from outbox_relay.message import Delivered, Released, Retry, Scope
 from outbox_relay.retry import Backoff
 from outbox_relay.servers import Postgres
@@ -172,7 +173,7 @@ async def source_on(
         layout_buckets=BUCKETS,
         layout_slots=SLOTS,
         batch_rows=batch_rows,
-        backoff=Backoff(600.0, 600.0),
+        policies=Policies(Backoff(600.0, 600.0)),
     )
     try:
         for lane in range(lanes):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Set
 from typing import Protocol
 
 import asyncpg
 from sqlalchemy import make_url
 
 from outbox_relay import schema
+from outbox_relay.failures import Policies
 from outbox_relay.message import Record
 from outbox_relay.relay import Source
 from outbox_relay.retry import Backoff
@@ -21,8 +22,10 @@ from outbox_relay.source.slots import Slots
 from outbox_relay.telemetry import Telemetry
 from tests.conftest import Database
 from tests.fakes import MemoryOutbox, MemorySource
+from tests.waiting import eventually
 
 BACKOFF = Backoff(0.05, 0.05)
+POLICIES = Policies(BACKOFF)
 
 
 class SourceWorld(Protocol):
@@ -115,7 +118,7 @@ class PostgresWorld:
     async def sent(self) -> set[int]:
         return {row["id"] for row in await self._connection.fetch("SELECT id FROM outbox WHERE sent_at IS NOT NULL")}
 
-    async def source(self, *, batch_rows: int = 100) -> PollingSource:
+    async def source(self, *, batch_rows: int = 100, policies: Policies = POLICIES) -> PollingSource:
         database = session.Database(self._database.url, 5.0, 5.0)
         telemetry = Telemetry()
         slots = Slots(
@@ -134,7 +137,7 @@ class PostgresWorld:
             layout_buckets=64,
             layout_slots=16,
             batch_rows=batch_rows,
-            backoff=BACKOFF,
+            policies=policies,
         )
         self._relays.append((source, slots, asyncio.create_task(slots.run())))
         return source
@@ -159,6 +162,11 @@ class PostgresWorld:
 
     async def take_away(self) -> None:
         await self._connection.execute("UPDATE outbox_slot SET owner = NULL, epoch = epoch + 1")
+
+    async def paused(self, topics: Set[str]) -> None:
+        """Wait until every relay knows that these topics are paused, and no others."""
+        for _, slots, _ in self._relays:
+            await eventually(lambda s=slots: s.paused_topics == topics, "the heartbeat has said so")  # type: ignore[misc]
 
     async def freeze_heartbeats(self) -> None:
         """No relay learns any more what becomes of its slots."""

@@ -81,6 +81,17 @@ MISTAKES: dict[str, tuple[str | bytes, list[str]]] = {
         SMALLEST + "dangerously_allow_plaintext = 1\n",
         [":5: kafka.dangerously_allow_plaintext: must be a valid boolean"],
     ),
+    "no-inner-table": (
+        SMALLEST + '[relay]\nfollowers_of = "skip"\n',
+        [":6: relay.followers_of: must be a table, { name = value, … }"],
+    ),
+    "no-topic-in-an-inner-table": (
+        SMALLEST + '[relay]\nfollowers_of = { "a b" = "skip", "metrics.*" = "go" }\n',
+        [
+            ":6: relay.followers_of.a b: must be the name of a topic, or the beginning of names and then *",
+            ":6: relay.followers_of.metrics.*: must be 'block' or 'skip'",
+        ],
+    ),
     "no-list": (
         DATABASE + '[kafka]\nbootstrap_servers = "k:1"\n',
         [":4: kafka.bootstrap_servers: must be a valid list"],
@@ -310,6 +321,7 @@ SAID_OF = {
     "float": "float_type",
     "bool": "bool_type",
     "list": "list_type",
+    "dict": "dict_type",
     "literal": "literal_error",
     "model": "model_type",
     "model-fields": "extra_forbidden",

@@ -1,0 +1,343 @@
+"""Rows that wait: parked with their reason, tried again when they are due, and their followers after them.
+
+Everything here happens within the transaction of a claim, which holds the lock of its slots; the four rules that it
+keeps are in ``docs/decisions/0009-where-waiting-rows-are-kept.md``. What is remembered here only saves looking: lines
+that have nothing parked aren't looked up. It has at least what is in the database, since nobody but the owner of a slot
+parks rows of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import asyncpg
+
+from outbox_relay.failures import Policies
+from outbox_relay.message import Record, Retry
+from outbox_relay.source.holds import Holds
+from outbox_relay.source.parking_statements import (
+    DONE,
+    DUE,
+    FIRST_PARKED,
+    FOLLOWERS,
+    FREE,
+    LEARN,
+    MAKE_NEXT_DUE,
+    NOT_DUE,
+    OF_TOPIC,
+    ParkingStatements,
+)
+from outbox_relay.source.session import Session
+from outbox_relay.source.statements import OutboxTable
+from outbox_relay.telemetry import Telemetry
+
+#: ``(slot, epoch)``: what a row was claimed under.
+Ownership: TypeAlias = tuple[int, int]
+
+#: So often a topic is tried with all its rows, which are left where they are; then they are parked, and one is tried.
+_TRIES_BEFORE_PARKING = 3
+
+# What is due is looked for this often, and less often while nothing is.
+_LOOK_SECONDS = 0.25
+_LOOK_CEILING_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    """Why a row is parked."""
+
+    id: int
+    state: str
+    error: str | None = None
+    reason: str | None = None
+    max_attempts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    retry: Retry
+    ownership: Ownership
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    slot: int
+    refused_before: bool  #: by Kafka, for a fault of its own
+
+
+class Parking:
+    """What waits in the slots of one lane."""
+
+    def __init__(
+        self,
+        session: Session,
+        telemetry: Telemetry,
+        policies: Policies,
+        table: OutboxTable,
+        *,
+        layout_slots: int,
+        batch_rows: int,
+    ) -> None:
+        self._session = session
+        self._telemetry = telemetry
+        self._policies = policies
+        self._statements = ParkingStatements(table)
+        self._layout_slots = layout_slots
+        self._batch_rows = batch_rows
+        self._epochs: dict[int, int] = {}  # the slots of which all is known, by slot
+        # By slot, a hash of each line that has parked rows, or had; rows without a key count as one line.
+        self._lines: dict[int, set[int]] = defaultdict(set)
+        self._trying: dict[int, _Tried] = {}  # by id
+        self._refused: dict[int, _Refused] = {}  # by id, to be parked
+        self._topics: set[str] = set()  # those that have rows parked for their sake
+        self._unproven: dict[str, Retry | None] = {}  # topics that took nothing since they refused everything
+        self._holds: Holds[str] = Holds(policies.backoff)
+        self._paused: Collection[str] = ()
+        self._look_at = 0.0
+        self._look_seconds = _LOOK_SECONDS
+        self._parked: list[asyncpg.Record] = []  # in the transaction that is open
+
+    # -- what became of rows
+
+    def delivered(self, record: Record, *, topic_refused: bool) -> None:
+        """``topic_refused``: one partition of the topic may answer while another doesn't."""
+        if (tried := self._trying.get(record.id)) and tried.refused_before:
+            self._telemetry.row_accepted(record)
+        if record.topic in self._unproven and not topic_refused:
+            del self._unproven[record.topic]
+            if self._holds.clear(record.topic):
+                self._telemetry.topic_accepted(record.topic)
+
+    def row_refused(self, retry: Retry, ownership: Ownership) -> None:
+        """``ownership``: what its row was claimed under."""
+        self._refused[retry.record.id] = _Refused(retry, ownership)
+
+    def topic_refused(self, retry: Retry) -> None:
+        topic = retry.record.topic
+        self._unproven[topic] = retry
+        self._telemetry.refused(retry, *self._holds.hold(topic))
+
+    # -- what a claim leaves out
+
+    @property
+    def refused_ids(self) -> Collection[int]:
+        """Rows that are to be parked and aren't yet: somebody had them locked, or it comes in this transaction."""
+        return self._refused.keys()
+
+    def refused_lines(self) -> list[tuple[str, str]]:
+        """Their ``(topic, key)``, as far as followers wait for them."""
+        records = (refused.retry.record for refused in self._refused.values())
+        return [
+            (record.topic, record.key.decode())
+            for record in records
+            if record.key is not None and self._policies.of(record.topic).block
+        ]
+
+    def held_topics(self) -> list[str]:
+        """Topics whose rows are left where they are for now."""
+        return [topic for topic in self._holds.active() if not self._is_parked(topic)]
+
+    # -- steps of the transaction
+
+    async def learn(self, epochs: Mapping[int, int], buckets: Sequence[int]) -> None:
+        """Know all that is parked in these slots, and nothing of others."""
+        for slot in [slot for slot, epoch in self._epochs.items() if epochs.get(slot) != epoch]:
+            self._forget(slot)
+        for id_, refused in list(self._refused.items()):
+            slot, epoch = refused.ownership
+            if epochs.get(slot) != epoch:
+                del self._refused[id_]  # its new owner tries it
+        new = epochs.keys() - self._epochs.keys()
+        mine = [bucket for bucket in buckets if bucket % self._layout_slots in new]
+        freed: set[str] = set()
+        for row in await self._session.fetch(LEARN, mine) if mine else ():
+            slot, topic = row["bucket"] % self._layout_slots, row["topic"]
+            self._lines[slot].add(_line(topic, row["key"]))
+            self._trying.update(dict.fromkeys(row["trying"] or (), _Tried(slot, row["refused"])))
+            if row["for_topic"]:
+                self._topics.add(topic)
+                self._unproven.setdefault(topic, None)
+            if row["blocked"] and not self._policies.of(topic).block:
+                freed.add(topic)
+        if freed:
+            await self._session.fetch(FREE, mine, list(freed))
+        if new:
+            self._look_at = 0.0
+        self._epochs.update(epochs)
+
+    def _forget(self, slot: int) -> None:
+        del self._epochs[slot]
+        self._lines.pop(slot, None)
+        self._trying = {id_: tried for id_, tried in self._trying.items() if tried.slot != slot}
+
+    async def settle(self, settled: Collection[int]) -> None:
+        """What was sent is done waiting, so that its followers are due; what was refused is parked."""
+        self._parked = []
+        if done := [id_ for id_ in settled if id_ in self._trying]:
+            await self._make_next_due(await self._session.fetch(DONE, done))
+        await self._park(
+            [
+                _Wait(
+                    id_,
+                    "retry",
+                    refused.retry.error,
+                    refused.retry.reason,
+                    self._policies.of(refused.retry.record.topic).max_attempts,
+                )
+                for id_, refused in self._refused.items()
+            ]
+        )
+        parked = {row["id"] for row in self._parked}
+        if missed := [id_ for id_ in self._refused if id_ not in parked]:
+            locked = {row["id"] for row in await self._session.fetch(self._statements.unsettled, missed)}
+            # Somebody deleted the others, or marked them as sent.
+            self._refused = {id_: refused for id_, refused in self._refused.items() if id_ in parked | locked}
+
+    async def release_due(self, buckets: Sequence[int]) -> None:
+        """Put rows that are due back among those that can be sent."""
+        if not any(self._lines.values()) or time.monotonic() < self._look_at:
+            return
+        # Some that are being tried, or are due, may be gone: deleted, or marked by somebody.
+        gone = set(self._trying)
+        room = self._batch_rows - len(self._trying)
+        ids = [] if room <= 0 else await self._due(buckets, room)
+        if ids:
+            tried = {
+                row["id"]: _Tried(row["bucket"] % self._layout_slots, row["attempts"] > 0)
+                for row in await self._session.fetch(self._statements.try_again, ids)
+            }
+            self._trying.update(tried)
+            gone.update(id_ for id_ in ids if id_ not in tried)
+        if gone:
+            forgotten = await self._session.fetch(self._statements.forget_gone, list(gone))
+            for row in forgotten:
+                self._trying.pop(row["id"], None)
+            await self._make_next_due(forgotten)
+        self._look_seconds = _LOOK_SECONDS if ids else min(_LOOK_CEILING_SECONDS, self._look_seconds * 2)
+        self._look_at = 0.0 if ids else time.monotonic() + self._look_seconds
+
+    async def hold_back(self, rows: Sequence[asyncpg.Record]) -> set[int]:
+        """Park those of a claim that may not be sent now; their ids."""
+        waits = [wait for row in rows if (wait := self._waits_for_topic(row)) is not None]
+        waiting = {wait.id for wait in waits}
+        asked = [row for row in rows if row["id"] not in waiting and self._may_be_behind(row)]
+        if asked:
+            lines = list(dict.fromkeys((row["bucket"], row["topic"], row["key"]) for row in asked))
+            first = await self._session.fetch(FIRST_PARKED, *map(list, zip(*lines, strict=True)))
+            parked = {line: row["id"] for line, row in zip(lines, first, strict=True)}
+            for (bucket, topic, key), id_ in parked.items():
+                if id_ is None:
+                    self._lines[bucket % self._layout_slots].discard(_line(topic, key))
+            for row in asked:
+                before = parked[row["bucket"], row["topic"], row["key"]]
+                if before is not None and before < row["id"]:
+                    waits.append(_Wait(row["id"], "blocked"))
+        await self._park(waits)
+        return {wait.id for wait in waits}
+
+    def committed(self, settled: Iterable[int]) -> None:
+        """The transaction is durable."""
+        for id_ in settled:
+            self._trying.pop(id_, None)
+        parked = 0
+        for row in self._parked:
+            self._trying.pop(row["id"], None)
+            refused = self._refused.pop(row["id"], None)
+            if refused is None:
+                parked += 1
+            elif row["state"] == "dead":
+                self._telemetry.dead(refused.retry, row["attempts"])
+            else:
+                self._telemetry.refused(refused.retry, row["attempts"], row["due_seconds"])
+        if parked:
+            self._telemetry.parked(parked)
+        self._parked = []
+
+    def pause(self, topics: Collection[str]) -> None:
+        """Topics that an operator has paused."""
+        self._paused = topics
+
+    # -- pieces
+
+    async def _due(self, buckets: Sequence[int], room: int) -> list[int]:
+        each = max(1, room // max(1, len(buckets)))
+        due = await self._session.fetch(DUE, buckets, each)
+        ids = [row["id"] for row in due if row["state"] != "blocked"]
+        if lines := [row for row in due if row["state"] == "blocked"]:
+            followers = await self._session.fetch(FOLLOWERS, *_columns(lines), max(1, room // len(lines)))
+            ids += [row["id"] for row in followers]
+            if behind := {row["id"] for row in lines} - set(ids):
+                await self._session.fetch(NOT_DUE, list(behind))
+        held = set(self._holds.active())
+        for topic in sorted(self._topics):
+            if topic in held or topic in self._paused:
+                continue
+            most = 1 if topic in self._unproven else room
+            of_topic = await self._session.fetch(OF_TOPIC, buckets, topic, each, most)
+            if not of_topic:
+                self._topics.discard(topic)
+                self._unproven.pop(topic, None)
+            ids += [row["id"] for row in of_topic]
+        return ids
+
+    async def _park(self, waits: Sequence[_Wait]) -> None:
+        if not waits:
+            return
+        backoff = self._policies.backoff
+        parked = await self._session.fetch(
+            self._statements.park,
+            [wait.id for wait in waits],
+            [wait.state for wait in waits],
+            [wait.error for wait in waits],
+            [wait.reason for wait in waits],
+            [wait.max_attempts for wait in waits],
+            backoff.first_seconds,
+            backoff.ceiling_seconds,
+        )
+        for row in parked:
+            self._lines[row["bucket"] % self._layout_slots].add(_line(row["topic"], row["key"]))
+        self._parked += parked
+
+    async def _make_next_due(self, lines: Sequence[Any]) -> None:
+        if lines:
+            await self._session.fetch(MAKE_NEXT_DUE, *_columns(lines))
+            self._look_at = 0.0
+
+    def _waits_for_topic(self, row: asyncpg.Record) -> _Wait | None:
+        topic = row["topic"]
+        if row["event_id"] is None or row["id"] in self._trying:
+            return None
+        if topic in self._paused:
+            self._topics.add(topic)
+            return _Wait(row["id"], "topic", "Paused", "resume the topic")
+        # Where nothing holds followers back, those of a topic that takes rows again still come after the parked ones.
+        after_others = topic in self._topics and not self._policies.of(topic).block
+        if not self._is_parked(topic) and not after_others:
+            return None
+        self._topics.add(topic)
+        retry = self._unproven.get(topic)
+        return _Wait(row["id"], "topic") if retry is None else _Wait(row["id"], "topic", retry.error, retry.reason)
+
+    def _is_parked(self, topic: str) -> bool:
+        tried_enough = self._holds.failures(topic) > _TRIES_BEFORE_PARKING
+        return topic in self._unproven and (topic in self._topics or tried_enough)
+
+    def _may_be_behind(self, row: asyncpg.Record) -> bool:
+        return (
+            row["event_id"] is not None
+            and row["key"] is not None
+            and _line(row["topic"], row["key"]) in self._lines.get(row["bucket"] % self._layout_slots, ())
+            and self._policies.of(row["topic"]).block
+        )
+
+
+def _line(topic: str, key: str | None) -> int:
+    return hash((topic, key))
+
+
+def _columns(lines: Sequence[Any]) -> list[list[Any]]:
+    return [[line[name] for line in lines] for name in ("bucket", "line", "topic", "key")]

@@ -1,0 +1,294 @@
+"""What becomes of rows that wait: parked with attempts and reason, tried again, dead, and their followers in order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable
+
+import asyncpg
+import pytest
+
+from outbox_relay.failures import Policies, Policy
+from outbox_relay.message import Delivered, Outcome, Record, Released, Retry, Scope
+from outbox_relay.relay import Claim
+from outbox_relay.retry import Backoff
+from outbox_relay.servers import Postgres
+from outbox_relay.source.polling import PollingSource
+from tests.acceptance.parked import broken_rules, states
+from tests.conftest import Database
+from tests.contract.sources import PostgresWorld
+from tests.fakes import record
+from tests.waiting import eventually
+
+QUICK = Backoff(0.01, 0.01)
+NEVER = Backoff(3_600.0, 3_600.0)
+
+#: What Kafka has against a record.
+Wrong = Callable[[Record], Retry | None]
+
+
+@pytest.fixture
+async def world(database: Database, postgres: Postgres) -> AsyncIterator[PostgresWorld]:
+    world = await PostgresWorld.open(database, postgres.url)
+    yield world
+    await world.close()
+
+
+@pytest.fixture
+async def connection(world: PostgresWorld, database: Database) -> asyncpg.Connection:
+    return await database.connect()
+
+
+def refused(each: Record) -> Retry:
+    return Retry(each, Scope.ROW, "MessageSizeTooLargeError", "raise max.message.bytes")
+
+
+def missing(each: Record) -> Retry:
+    return Retry(each, Scope.TOPIC, "UnknownTopicOrPartitionError", "create the topic")
+
+
+def refusing(*ids: int) -> Wrong:
+    return lambda each: refused(each) if each.id in ids else None
+
+
+def nothing_wrong(_: Record) -> Retry | None:
+    return None
+
+
+def outcomes(claim: Claim, wrong: Wrong) -> list[Outcome]:
+    """As Kafka and the publisher do: after a row that isn't delivered, nothing later of its key is sent."""
+    failed: set[tuple[str, bytes | None]] = set()
+    result: list[Outcome] = []
+    for each in claim.records:
+        retry = wrong(each)
+        if each.key is not None and (each.topic, each.key) in failed:
+            result.append(Released(each))
+        elif retry is not None:
+            failed.add((each.topic, each.key))
+            result.append(retry)
+        else:
+            result.append(Delivered(each))
+    return result
+
+
+async def step(source: PollingSource, wrong: Wrong = nothing_wrong) -> list[int]:
+    """One claim, handed back; the ids that were delivered."""
+    claim = await source.claim()
+    of_claim = outcomes(claim, wrong)
+    source.settle(of_claim)
+    return [outcome.record.id for outcome in of_claim if isinstance(outcome, Delivered)]
+
+
+async def until(
+    source: PollingSource, connection: asyncpg.Connection, expected: dict[int, str], wrong: Wrong = nothing_wrong
+) -> list[int]:
+    """Claim until the rows that are parked are these; what was delivered meanwhile."""
+    delivered: list[int] = []
+
+    async def reached() -> bool:
+        delivered.extend(await step(source, wrong))
+        assert await broken_rules(connection) == {}
+        return await states(connection) == expected
+
+    await eventually(reached, f"{expected}")
+    return delivered
+
+
+async def test_a_row_refused_to_the_end_is_dead_with_its_reason_and_is_not_tried_again(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(record(1, "a"), record(2, "b"), record(3, "a"), record(4, None))
+    source = await world.source(policies=Policies(QUICK, Policy(max_attempts=3)))
+    tried: list[int] = []
+
+    def wrong(each: Record) -> Retry | None:
+        tried.append(each.id)
+        return refusing(1)(each)
+
+    delivered = await until(source, connection, {1: "dead", 3: "blocked"}, wrong)
+    assert delivered == [2, 4]
+    assert tried.count(1) == 3
+    row = await connection.fetchrow("SELECT * FROM outbox_parked WHERE id = 1")
+    assert (row["attempts"], row["due_at"], row["error"], row["reason"]) == (
+        3,
+        None,
+        "MessageSizeTooLargeError",
+        "raise max.message.bytes",
+    )
+    await world.insert(record(5, "a"), record(6, "b"))
+    assert await until(source, connection, {1: "dead", 3: "blocked", 5: "blocked"}) == [6]
+    assert tried.count(1) == 3
+
+
+async def test_attempts_and_waiting_outlive_the_relay(world: PostgresWorld, connection: asyncpg.Connection) -> None:
+    await world.insert(record(1, "a"), record(2, "a"))
+    first = await world.source(policies=Policies(NEVER, Policy(max_attempts=3)))
+    await until(first, connection, {1: "retry", 2: "blocked"}, refusing(1))
+    await first.release()
+    second = await world.source(policies=Policies(QUICK, Policy(max_attempts=3)))
+    await eventually(lambda: claims_nothing(second), "it has looked")
+    await connection.execute("UPDATE outbox_parked SET due_at = now() WHERE id = 1")
+    await until(second, connection, {1: "dead", 2: "blocked"}, refusing(1))
+    assert await connection.fetchval("SELECT attempts FROM outbox_parked WHERE id = 1") == 3
+
+
+async def claims_nothing(source: PollingSource) -> bool:
+    claim = await source.claim()
+    return claim.is_idle and not claim.records
+
+
+async def test_after_a_retry_the_followers_go_in_order_however_many_they_are(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(*(record(id_, "a") for id_ in range(1, 101)), record(1000, "b"))
+    source = await world.source(batch_rows=7, policies=Policies(QUICK, Policy(max_attempts=1)))
+    parked = {1: "dead"} | dict.fromkeys(range(2, 101), "blocked")
+    assert await until(source, connection, parked, refusing(1)) == [1000]
+    await connection.execute("UPDATE outbox_parked SET state = 'retry', due_at = now(), attempts = 0 WHERE id = 1")
+    await world.insert(*(record(id_, "a") for id_ in range(101, 111)))
+    assert await until(source, connection, {}) == list(range(1, 111))
+    assert await world.sent() == {*range(1, 111), 1000}
+
+
+async def test_followers_that_skip_go_on_and_the_row_is_tried_again(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(record(1, "a"), record(2, "a"), record(3, "a", topic="other"), record(4, "a", topic="other"))
+    policies = Policies(QUICK, Policy(max_attempts=2), {"t*": Policy(max_attempts=2, block=False)})
+    source = await world.source(policies=policies)
+    delivered = await until(source, connection, {1: "dead", 3: "dead", 4: "blocked"}, refusing(1, 3))
+    assert delivered == [2]
+
+
+async def test_followers_that_may_skip_from_now_on_are_freed(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(record(1, "a"), record(2, "a"), record(3, "a"))
+    first = await world.source(policies=Policies(QUICK, Policy(max_attempts=1)))
+    await until(first, connection, {1: "dead", 2: "blocked", 3: "blocked"}, refusing(1))
+    await first.release()
+    second = await world.source(policies=Policies(QUICK, Policy(block=False)))
+    assert await until(second, connection, {1: "dead"}) == [2, 3]
+
+
+async def test_a_topic_that_takes_nothing_is_parked_tried_with_one_row_and_goes_on_in_order(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(*(record(id_, f"k{id_ % 5}") for id_ in range(1, 51)), record(100, "k1", topic="other"))
+    source = await world.source(batch_rows=20, policies=Policies(Backoff(0.2, 0.2)))
+    tried: list[int] = []
+
+    def wrong(each: Record) -> Retry | None:
+        if each.topic == "other":
+            return None
+        tried.append(each.id)
+        return missing(each)
+
+    delivered = await until(source, connection, dict.fromkeys(range(1, 51), "topic"), wrong)
+    assert delivered == [100]
+    assert await connection.fetchval("SELECT max(attempts) FROM outbox_parked") == 0
+    row = await connection.fetchrow("SELECT error, reason FROM outbox_parked WHERE id = 1")
+    assert tuple(row) == ("UnknownTopicOrPartitionError", "create the topic")
+    # Whoever comes later waits too, behind the others.
+    await world.insert(record(51, "k1"), record(101, "k1", topic="other"))
+    tried.clear()
+
+    async def probed() -> bool:
+        delivered.extend(await step(source, wrong))
+        assert await broken_rules(connection) == {}
+        return len(tried) >= 3
+
+    await eventually(probed, "the topic is tried three times")
+    assert len(tried) == 3, "one row at a time"
+    sent = await until(source, connection, {})
+    for key in range(5):
+        of_key = [id_ for id_ in sent if id_ % 5 == key and id_ < 100]
+        assert of_key == sorted(of_key)
+    assert await world.sent() == {*range(1, 52), 100, 101}
+
+
+async def test_a_paused_topic_waits_and_resumed_goes_on_in_order(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    source = await world.source(policies=Policies(QUICK))
+    await connection.execute("INSERT INTO outbox_pause (topic, reason) VALUES ('t', 'a bad deployment')")
+    await world.paused({"t"})
+    await world.insert(record(1, "a"), record(2, "a", topic="other"), record(3, "a"))
+    assert await until(source, connection, {1: "topic", 3: "topic"}) == [2]
+    await connection.execute("DELETE FROM outbox_pause")
+    await world.paused(set())
+    await world.insert(record(4, "a"))
+    assert await until(source, connection, {}) == [1, 3, 4]
+
+
+async def test_a_refused_row_that_a_stranger_has_locked_is_parked_later_and_holds_its_key_meanwhile(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(record(1, "a"), record(2, "a"))
+    source = await world.source(policies=Policies(NEVER))
+    claim = await eventually(lambda: some(source), "a claim")
+    source.settle(outcomes(claim, refusing(1)))
+    async with world.locked([1]):
+        await world.insert(record(3, "a"), record(4, "b"))
+        assert await until(source, connection, {}) == [4]
+        for _ in range(3):
+            assert await step(source) == []
+    await until(source, connection, {1: "retry", 2: "blocked", 3: "blocked"})
+
+
+async def some(source: PollingSource) -> Claim | None:
+    claim = await source.claim()
+    return claim if claim.records else None
+
+
+async def test_a_parked_row_that_somebody_deleted_holds_nobody(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(record(1, "a"), record(2, "a"), record(3, "a"))
+    source = await world.source(policies=Policies(QUICK))
+    await until(source, connection, {1: "trying", 2: "blocked", 3: "blocked"}, refusing(1))
+    await connection.execute("DELETE FROM outbox WHERE id = 1")
+    assert await until(source, connection, {}) == [2, 3]
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_is_refused_each_key_goes_in_order_and_nothing_is_stranded(
+    seed: int, world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    choose = random.Random(seed)
+    policies = Policies(QUICK, Policy(max_attempts=1_000))
+    source = await world.source(batch_rows=choose.choice([3, 10, 50]), policies=policies)
+    rows = {id_: record(id_, choose.choice(["a", "b", "c", None]), topic=choose.choice("tu")) for id_ in range(1, 121)}
+    pending = sorted(rows)
+    taken: list[Record] = []
+    for _ in range(150):
+        await world.insert(*(rows[id_] for id_ in pending[:3]))
+        del pending[:3]
+        claim = await source.claim()
+        bad = {each.id for each in claim.records if choose.random() < 0.2}
+        gone = {topic for topic in "tu" if choose.random() < 0.2}
+
+        def wrong(each: Record, bad: set[int] = bad, gone: set[str] = gone) -> Retry | None:
+            return missing(each) if each.topic in gone else refusing(*bad)(each)
+
+        of_claim = outcomes(claim, wrong)
+        taken += [outcome.record for outcome in of_claim if isinstance(outcome, Delivered)]
+        source.settle(of_claim)
+        if choose.random() < 0.05:
+            # As after a crash: what was handed back is lost, and all is learnt anew.
+            await world.take_away()
+        assert await broken_rules(connection) == {}
+
+    async def drained() -> bool:
+        claim = await source.claim()
+        source.settle([Delivered(each) for each in claim.records])
+        taken.extend(claim.records)
+        return await world.sent() == set(rows)
+
+    await eventually(drained, "all is sent")
+    await step(source)
+    assert await states(connection) == {}
+    for topic in "tu":
+        for key in (b"a", b"b", b"c"):
+            ids = [each.id for each in taken if (each.topic, each.key) == (topic, key)]
+            assert list(dict.fromkeys(ids)) == sorted(set(ids))
