@@ -17,6 +17,8 @@ from outbox_relay.message import Delivered, Outcome, Record, Retry, Scope
 PROGRESS_INTERVAL_SECONDS = 10.0
 #: An outage that lasts is repeated this seldom.
 REPEAT_INTERVAL_SECONDS = 30.0
+#: Of an outage, what is said at once.
+_MOST_CAUSES = 10
 
 
 class Telemetry:
@@ -235,12 +237,16 @@ class _Outage:
         self._met_by.add(by)
         if self._began is None:
             self._began = now
-        is_news = cause is not None and cause not in self._causes
-        self._causes.update([cause] if cause is not None else [])
-        if not is_news and self._said is not None and now - self._said < REPEAT_INTERVAL_SECONDS:
+        if not self._is_news(cause) and self._said is not None and now - self._said < REPEAT_INTERVAL_SECONDS:
             return None
         self._said = now
         return round(now - self._began, 1)
+
+    def _is_news(self, cause: str | None) -> bool:
+        if cause is None or cause in self._causes or len(self._causes) >= _MOST_CAUSES:
+            return False
+        self._causes.add(cause)
+        return True
 
     def over(self, by: object = None) -> float | None:
         """How long it lasted, if it is over now for everybody."""

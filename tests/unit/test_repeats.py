@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from outbox_relay import logs, repeats
-from outbox_relay.errors import SourceUnavailableError
+from outbox_relay.errors import SourceRefusedError, SourceUnavailableError
 from outbox_relay.message import Record, Retry, Scope
 from outbox_relay.repeats import INTERVAL_SECONDS, MOST_LINES, Repeats
 from outbox_relay.telemetry import Telemetry
@@ -74,6 +74,26 @@ def test_an_outage_met_a_thousand_times(clock: Clock, capsys: pytest.CaptureFixt
         telemetry.database_unavailable(SourceUnavailableError(f"no answer to {number}"), by="lane")
         telemetry.kafka_unavailable(SourceUnavailableError(f"no answer to {number}"))
     assert [line["event"] for line in lines(capsys)] == ["database.unavailable", "kafka.unavailable"]
+
+
+def test_what_somebody_has_to_mend_is_said_at_once_and_once_an_outage(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure("info", "json")
+    telemetry = Telemetry(relay="r")
+    for _ in range(2):
+        telemetry.database_unavailable(SourceUnavailableError("the connection is lost"), by="lane")
+        for _ in range(1000):
+            telemetry.database_unavailable(SourceRefusedError("the certificate has expired"), by="lane")
+        telemetry.database_available(by="lane")
+    assert [line.get("reason") for line in lines(capsys)] == 2 * [
+        "the connection is lost",
+        "the certificate has expired",
+        None,
+    ]
+    for number in range(1000):
+        telemetry.database_unavailable(SourceRefusedError(f"refused for the {number}th time"), by="lane")
+    assert len(lines(capsys)) <= MOST_LINES
 
 
 def test_what_another_library_repeats(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
