@@ -1,4 +1,4 @@
-"""``make matrix``: the tests on each version that the README claims. Each at least once, not every combination.
+"""``make matrix``: the tests on each version that the README may claim. Each at least once, not every combination.
 
 What came of it is printed, and written to ``reports/matrix.md`` after each row; what pytest said lies beside it. The
 demo's tests are left out: they show its story, and nothing that a version could change. Numbers of rows, as in
@@ -26,7 +26,7 @@ from outbox_relay.servers.versions import KAFKA, POSTGRES
 REPOSITORY = Path(__file__).parents[1]
 REPORTS = REPOSITORY / "reports"
 
-#: Those of the README and of the package's classifiers. Any later one that is here is tried too.
+#: Those that the README and the package's classifiers may claim. Any later one that is here is tried too.
 PYTHONS = ("3.11", "3.12", "3.13")
 OLDEST_PYTHON = (3, 11)
 
