@@ -353,6 +353,8 @@ class RelayConfig(_Table):
     heartbeat_seconds: Seconds = 1.0
     lease_seconds: Annotated[Seconds, _at_least("heartbeat_seconds", times=3)] = 15.0
     shutdown_grace_seconds: Seconds = 20.0
+    # Up to a hundred years.
+    retention_hours: Annotated[float | None, Field(ge=0.0001, le=876_000, allow_inf_nan=False)] = None
 
 
 class LogConfig(_Table):

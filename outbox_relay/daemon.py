@@ -25,6 +25,7 @@ from outbox_relay.publisher import KafkaPublisher
 from outbox_relay.relay import Poll, Relay
 from outbox_relay.retry import Backoff
 from outbox_relay.source.polling import PollingSource
+from outbox_relay.source.pruning import Pruner
 from outbox_relay.source.session import Database, Session
 from outbox_relay.source.slots import Slots
 from outbox_relay.source.statements import OutboxTable
@@ -124,8 +125,8 @@ async def check(config: Config) -> list[checks.Finding]:
     """What is wrong with the servers and the tables that the configuration names."""
     kafka = config.kafka
     needs = checks.Needs(
-        # A lane has one, and the heartbeat.
-        connections=config.relay.claims_in_flight + 1,
+        # A lane has one, the heartbeat, and retention while it deletes.
+        connections=config.relay.claims_in_flight + 1 + (config.relay.retention_hours is not None),
         statement_timeout_seconds=config.database.statement_timeout_seconds,
         publish_deadline_seconds=kafka.publish_deadline_seconds,
     )
@@ -169,14 +170,16 @@ async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once:
 
     heartbeat: asyncio.Future[Any] = asyncio.ensure_future(slots.run())
     running: asyncio.Future[Any] = asyncio.ensure_future(_run_lanes(relays, sources))
+    pruner = _pruner(config, database, slots, telemetry)
+    besides = [heartbeat, *([asyncio.ensure_future(pruner.run())] if pruner is not None else [])]
     try:
         forced = False
-        # A heartbeat that ends has met a defect: nothing may go on without it.
-        if not await signals.first_or(running, heartbeat):
+        # What runs besides and ends has met a defect: nothing may go on without it.
+        if not await signals.first_or(running, *besides):
             for relay in relays:
                 relay.stop()
             forced = await signals.forced_before(running, in_flight)
-        for task in (running, heartbeat):
+        for task in (running, *besides):
             if task.done():
                 task.result()
         return EXIT_UNSETTLED if forced else EXIT_OK
@@ -184,7 +187,9 @@ async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once:
         if rows := in_flight():
             telemetry.left_unsettled(rows)
         goodbyes = [slots.leave, *(source.close for source in sources)]
-        await signals.while_patient(_end([running, heartbeat], *goodbyes))
+        if pruner is not None:
+            goodbyes.append(pruner.close)
+        await signals.while_patient(_end([running, *besides], *goodbyes))
 
 
 async def _run_lanes(relays: Sequence[Relay], sources: Sequence[PollingSource]) -> None:
@@ -259,6 +264,19 @@ def _source(
         layout_slots=layout.slots,
         batch_rows=config.relay.batch_rows,
         policies=policies_of(config),
+        table=table_of(config),
+    )
+
+
+def _pruner(config: Config, database: Database, slots: Slots, telemetry: Telemetry) -> Pruner | None:
+    if config.relay.retention_hours is None:
+        return None
+    return Pruner(
+        Session(database, f"outbox-relay {config.relay.name} retention"),
+        telemetry,
+        # One relay is enough, and this slot has one owner.
+        lambda: slots.owns(0),
+        retention_hours=config.relay.retention_hours,
         table=table_of(config),
     )
 

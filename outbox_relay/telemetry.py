@@ -29,6 +29,7 @@ class Telemetry:
         self._database = _Outage()
         self._schema = _Outage()
         self._kafka = _Outage()
+        self._retention = _Outage()
         self._delivered = 0
         self._not_delivered = 0
         self._progress_from = time.monotonic()
@@ -93,6 +94,16 @@ class Telemetry:
         after_seconds = self._kafka.over()
         if after_seconds is not None:
             self._log.info("kafka.available", after_seconds=after_seconds)
+
+    def retention_stalled(self, error: BaseException) -> None:
+        since_seconds = self._retention.met()
+        if since_seconds is not None:
+            self._log.warning("retention.stalled", reason=str(error), since_seconds=since_seconds)
+
+    def retention_resumed(self) -> None:
+        after_seconds = self._retention.over()
+        if after_seconds is not None:
+            self._log.info("retention.resumed", after_seconds=after_seconds)
 
     # -- ownership
 
@@ -188,6 +199,9 @@ class Telemetry:
     def topic_accepted(self, topic: str) -> None:
         """Only after :meth:`refused` of that topic."""
         self._log.info("topic.accepted", topic=topic)
+
+    def pruned(self, rows: int, seconds: float) -> None:
+        self._log.info("rows.pruned", rows=rows, seconds=round(seconds, 1))
 
     # -- publishing
 

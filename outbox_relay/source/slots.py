@@ -192,6 +192,10 @@ class Slots:
             (owned := self._owned.get(slot)) is not None and owned.epoch == epoch for slot, epoch in epochs.items()
         )
 
+    def owns(self, slot: int) -> bool:
+        """Whether the slot is ours, as far as can be known without asking PostgreSQL."""
+        return self.in_lease() and slot in self._owned
+
     def in_lease(self) -> bool:
         """Whether the last heartbeat is recent enough that no other relay can take us for dead."""
         return time.monotonic() < self._valid_until

@@ -36,6 +36,7 @@ from tests.acceptance.relays import toml
 from tests.kafka_cluster import KafkaCluster
 from tests.kafka_proxy import API_VERSIONS, INIT_PRODUCER_ID, METADATA, KafkaProxy
 from tests.pgbouncer import pgbouncer
+from tests.roles import roles_sql
 from tests.tcp_proxy import TcpProxy
 from tests.waiting import eventually
 
@@ -145,7 +146,7 @@ async def stage(
     owner = await asyncpg.connect(url)
     role = f"relay_{suffix}"
     await schema.apply(owner)
-    await owner.execute(re.sub(r"\b(ROLE|TO) (outbox_\w+)", rf"\1 \2_{suffix}", schema.read_roles_sql()))
+    await owner.execute(roles_sql(suffix))
     await owner.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}' IN ROLE outbox_relay_{suffix}")
     password = tmp_path / "password"
     password.write_text(PASSWORD)

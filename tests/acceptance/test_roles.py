@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
@@ -13,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import make_url
 
-from outbox_relay import cli, outbox, schema, status
+from outbox_relay import cli, outbox, status
 from outbox_relay.outbox import Message
 from outbox_relay.servers import Kafka
 from outbox_relay.source import session
@@ -22,6 +21,7 @@ from tests.acceptance.commands import invoke
 from tests.acceptance.parked import dead, sent
 from tests.acceptance.relays import compare, drained, new_topic, relay_process
 from tests.conftest import Database
+from tests.roles import roles_sql
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ async def users(outbox_database: Database) -> AsyncIterator[dict[str, str]]:
     suffix = uuid4().hex[:12]
     names = ("outbox_writer", "outbox_relay", "outbox_pruner", "outbox_operator")
     groups = {name: f"{name}_{suffix}" for name in names}
-    await connection.execute(re.sub(r"\b(ROLE|TO) (outbox_\w+)", rf"\1 \2_{suffix}", schema.read_roles_sql()))
+    await connection.execute(roles_sql(suffix))
     url = make_url(outbox_database.url)
     urls = {}
     for name, group in groups.items():
