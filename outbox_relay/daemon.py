@@ -129,6 +129,7 @@ async def check(config: Config) -> list[checks.Finding]:
         connections=config.relay.claims_in_flight + 1 + (config.relay.retention_hours is not None),
         statement_timeout_seconds=config.database.statement_timeout_seconds,
         publish_deadline_seconds=kafka.publish_deadline_seconds,
+        deletes=config.relay.retention_hours is not None,
     )
     settings = checks.KafkaSettings(
         kafka.bootstrap_servers,

@@ -81,6 +81,12 @@ class Kind(Enum):
         W,
         "let the relay log in with a role of its own that has the privileges of `outbox-relay schema print --roles`",
     )
+    RETENTION_PRIVILEGE_MISSING = (
+        "retention-privilege-missing",
+        W,
+        "GRANT {grant} TO {role}, or grant it outbox_pruner of `outbox-relay schema print --roles`, or unset"
+        " relay.retention_hours",
+    )
     PRIVILEGE_EXCESS = ("privilege-excess", W, "REVOKE {grant} FROM {role}, or from whom it has that")
     AUTOVACUUM_OFF = ("autovacuum-off", W, "{advice}, or claims get slower with every row that was sent")
     FSYNC_OFF = ("fsync-off", W, "set fsync = on in postgresql.conf, unless this database may be lost")

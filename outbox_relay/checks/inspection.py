@@ -30,6 +30,8 @@ class Needs:
     connections: int
     statement_timeout_seconds: float
     publish_deadline_seconds: float
+    #: Old rows, by ``relay.retention_hours``.
+    deletes: bool
 
 
 @dataclass(slots=True)

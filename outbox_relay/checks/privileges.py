@@ -9,11 +9,20 @@ from outbox_relay.checks.inspection import Check, Inspection, granted, mapped
 
 
 async def privileges_missing(inspection: Inspection) -> AsyncIterator[Finding]:
+    async for found in _lacking(inspection, "outbox_relay", Kind.PRIVILEGE_MISSING):
+        yield found
+    if inspection.needs.deletes:
+        async for found in _lacking(inspection, "outbox_pruner", Kind.RETENTION_PRIVILEGE_MISSING):
+            yield found
+
+
+async def _lacking(inspection: Inspection, role: str, kind: Kind) -> AsyncIterator[Finding]:
+    """What ``roles.sql`` gives this role, and the relay's own hasn't."""
     read = dict.fromkeys(name for _, name in mapped(inspection.table) if name in inspection.columns)
-    for name, privileges in granted(inspection.table, "outbox_relay").items():
+    for name, privileges in granted(inspection.table, role).items():
         for privilege, columns in privileges.items():
             of = columns
-            if name == inspection.table.name:
+            if name == inspection.table.name and privilege != "DELETE":
                 # Of the outbox what the relay reads; and which columns aren't there is told by another check.
                 of = [column for column in columns or read if column in inspection.columns]
                 if not of:
@@ -24,7 +33,7 @@ async def privileges_missing(inspection: Inspection) -> AsyncIterator[Finding]:
             what = f"{privilege} ({', '.join(missing)})" if missing else privilege
             relation = inspection.names[name]
             found = f"role {inspection.role} lacks {what} on {relation}"
-            yield finding(Kind.PRIVILEGE_MISSING, found, grant=f"{what} ON {relation}", role=inspection.role)
+            yield finding(kind, found, grant=f"{what} ON {relation}", role=inspection.role)
 
 
 async def _missing(inspection: Inspection, name: str, privilege: str, of: list[str]) -> list[str] | None:
@@ -58,8 +67,8 @@ async def privileges_in_excess(inspection: Inspection) -> AsyncIterator[Finding]
     ):
         yield finding(Kind.ROLE_OWNER, f"the relay's role {inspection.role} owns {inspection.outbox}")
         return
-    # A relay that deletes what was sent has both roles.
-    for name, privileges in granted(inspection.table, "outbox_relay", "outbox_pruner").items():
+    roles = ["outbox_relay", *(["outbox_pruner"] if inspection.needs.deletes else [])]
+    for name, privileges in granted(inspection.table, *roles).items():
         excess = await _excess(inspection, name, privileges)
         if excess:
             relation = inspection.names[name]

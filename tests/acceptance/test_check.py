@@ -460,8 +460,14 @@ async def too_many_privileges(stage: Stage) -> None:
 
 
 @case
+async def too_few_privileges_to_delete(stage: Stage) -> None:
+    stage.config["relay"] = {"retention_hours": 24}
+
+
+@case
 async def deleting_what_was_sent(stage: Stage) -> None:
-    """Allowed, for a relay that has relay.retention_hours."""
+    """Allowed, for a relay that has relay.retention_hours, and all that it needs for that."""
+    stage.config["relay"] = {"retention_hours": 24}
     await stage.execute(f"GRANT outbox_pruner_{stage.suffix} TO {{role}}")
 
 
