@@ -7,6 +7,8 @@ Traits of aiokafka 0.14 that shape it:
   their own, and a connection that it closes goes on sending what its transport had buffered.
 - A failed batch has used up sequence numbers without an epoch bump, so that the next is out of order for ever; and past
   2**31 - 1 they go on where no broker expects them. So it is made anew after any failure, and when it is worn out.
+- A batch whose partition has no leader fails when it is as old as the request timeout, although it may have been sent
+  before, and written. So it never gets so old: how long is waited is the publisher's to say.
 - While a partition has too few replicas in sync it sends the batch again and again, without a word. So the answers are
   watched, for one such topic would otherwise stop all others until the publish deadline.
 - While a partition of its has no leader it asks for metadata as fast as brokers answer. So that is slowed down.
@@ -17,6 +19,7 @@ Traits of aiokafka 0.14 that shape it:
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -43,6 +46,7 @@ class Producer:
         self._client = producer.client
         self._cluster = producer.client.cluster
         self._connect_timeout_seconds = connect_timeout_seconds
+        producer._message_accumulator._batch_ttl = math.inf
         self._requests: set[asyncio.Task[Any]] = set()
         #: Of the batch that is out: how often it was sent, and how often Kafka wrote it nowhere for want of replicas.
         self._tries: Counter[Partition] = Counter()

@@ -222,8 +222,10 @@ async def test_relays_wait_for_kafka_whether_they_were_draining_or_are_new(
     application = Application(outbox_database.url, topic)
     await application.prepare()
     connection = await outbox_database.connect()
+    # Far shorter than the outage: a request may be given up and sent again, its batch may not.
+    soon = {"request_timeout_seconds": 0.5}
     with (
-        relay_process(outbox_database.url, server.bootstrap_servers, batch_rows=100) as draining,
+        relay_process(outbox_database.url, server.bootstrap_servers, kafka=soon, batch_rows=100) as draining,
         relay_process(outbox_database.url, server.bootstrap_servers, start=False, batch_rows=100) as new,
     ):
         async with busy(application):
