@@ -17,9 +17,12 @@ from outbox_relay.source.session import Session
 #: frozen host ends with its statement timeout.
 LOCK_SECONDS = 10.0
 
+# Plans as for a claim, since what is said of lines is the same statement.
 _SETTINGS = """
 -- wait for locks so long
 SELECT set_config('lock_timeout', $1, true),
+       set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
+       set_config('jit', 'off', true),
        set_config('synchronous_commit',
                   CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
                   true)

@@ -25,6 +25,7 @@ from outbox_relay import audit, schema
 from outbox_relay.audit import Deed
 from outbox_relay.errors import RefusedError, SourceUnavailableError
 from outbox_relay.outbox import Message
+from outbox_relay.source.parking_statements import MAKE_NEXT_DUE
 from outbox_relay.source.session import Session
 from outbox_relay.source.snapshot import snapshot
 from outbox_relay.source.statements import OUTBOX, OutboxTable, created_at, literal, quoted, topic_columns
@@ -116,29 +117,12 @@ _DISCARD = """
 -- discard
 UPDATE outbox_parked SET state = 'discarded', due_at = NULL, parked_at = now()
 WHERE id = ANY ($1::bigint[]) AND state IN ('dead', 'retry', 'blocked', 'topic')
-RETURNING id, bucket, line
-"""
-
-# Whoever takes away what was before a row makes it due; else it would wait for nothing.
-_RELEASE_NEXT = f"""
--- release the next of the line
-UPDATE outbox_parked SET due_at = now()
-WHERE id IN (
-    SELECT f.id
-    FROM (SELECT DISTINCT l.bucket, l.line FROM unnest($1::smallint[], $2::bigint[]) AS l (bucket, line)) AS freed
-    CROSS JOIN LATERAL (
-        SELECT p.id, p.state, p.due_at FROM outbox_parked p
-        WHERE {_OF_THE_LINE.format(of="freed", first="-9223372036854775808")}
-        ORDER BY p.bucket, p.line, p.id
-        LIMIT 1
-    ) AS f
-    WHERE f.state = 'blocked' AND f.due_at IS NULL
-)
+RETURNING id, bucket, line, topic, key
 """
 
 _TO_EDIT = """
 -- find the row to edit
-SELECT p.bucket, p.line, p.state FROM outbox_parked p WHERE p.id = $1
+SELECT p.bucket, p.line, p.topic, p.key, p.state FROM outbox_parked p WHERE p.id = $1
 """
 
 _EDIT = """
@@ -417,8 +401,10 @@ class DeadLetters:
         return done
 
     async def _release_next(self, rows: Sequence[asyncpg.Record]) -> None:
-        if rows:
-            await self._session.fetch(_RELEASE_NEXT, [row["bucket"] for row in rows], [row["line"] for row in rows])
+        """Whoever takes away what was before a row makes it due; else it would wait for nothing."""
+        lines = {tuple(row[name] for name in ("bucket", "line", "topic", "key")) for row in rows}
+        if lines:
+            await self._session.fetch(MAKE_NEXT_DUE, *map(list, zip(*lines, strict=True)))
 
     @contextlib.asynccontextmanager
     async def _locked(self, slot: int) -> AsyncIterator[None]:

@@ -3,7 +3,7 @@
 Everything here happens within the transaction of a claim, which holds the lock of its slots; the four rules that it
 keeps are in ``docs/decisions/0009-where-waiting-rows-are-kept.md``. What is remembered here only saves looking: lines
 that have nothing parked aren't looked up. It has at least what is in the database, since nobody but the owner of a slot
-parks rows of it.
+parks rows of it; but for a row whose topic an operator has changed, which waits for nobody, nor anybody for it.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ class Parking:
 
     async def release_due(self, buckets: Sequence[int]) -> None:
         """Put rows that are due back among those that can be sent."""
-        if not any(self._lines.values()) or time.monotonic() < self._look_at:
+        # Also where nothing is remembered: an operator may have given a row another topic, and so another line.
+        if time.monotonic() < self._look_at:
             return
         # Some that are being tried, or are due, may be gone: deleted, or marked by somebody.
         gone = set(self._trying)
@@ -309,11 +310,13 @@ class Parking:
 
     def _waits_for_topic(self, row: asyncpg.Record) -> _Wait | None:
         topic = row["topic"]
-        if row["event_id"] is None or row["id"] in self._trying:
+        if row["event_id"] is None:
             return None
         if topic in self._paused:
             self._topics.add(topic)
             return _Wait(row["id"], "topic", "Paused", "resume the topic")
+        if row["id"] in self._trying:
+            return None
         # Where nothing holds followers back, those of a topic that takes rows again still come after the parked ones.
         after_others = topic in self._topics and not self._policies.of(topic).block
         if not self._is_parked(topic) and not after_others:
