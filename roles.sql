@@ -1,5 +1,5 @@
--- Roles with the least that they need: one for applications that write messages, one for the relay, one more for a relay
--- that deletes old messages, and one for those who decide what becomes of messages that Kafka refuses.
+-- Roles with the least that they need: one for applications that write messages, one for the relay, one more for a
+-- relay that deletes old messages, and one for those who decide what becomes of messages that Kafka refuses.
 -- Apply after schema.sql, as the owner of its tables, with its schema first on the search_path. Then grant them to the
 -- users that log in: GRANT outbox_writer TO orders_service; GRANT outbox_relay TO relay;
 

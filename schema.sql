@@ -39,6 +39,13 @@ CREATE TABLE outbox (
     CONSTRAINT outbox_headers_are_not_reserved CHECK (
         headers - ARRAY['id', 'type', 'outbox-id', 'created_at'] = headers
     )
+) WITH (
+    -- Each message leaves a dead row when it is marked and one when it is deleted. Vacuumed after so many of them, not
+    -- after a share of all rows, which would be the more the longer rows are kept.
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 10000,
+    -- Space is kept for the next rows. Giving it back takes a lock that writers and relays wait for.
+    vacuum_truncate = off
 );
 
 -- The only index that the relay's claim reads. It holds nothing but rows that can be sent, so it stays small.
@@ -75,6 +82,11 @@ CREATE TABLE outbox_parked (
     CONSTRAINT outbox_parked_state_is_known CHECK (
         state IN ('retry', 'trying', 'blocked', 'topic', 'dead', 'discarded')
     )
+) WITH (
+    -- As for outbox. Fewer, since the dead ones lie in front of what is due next.
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 1000,
+    vacuum_truncate = off
 );
 
 -- What is before a row in its line.
@@ -124,6 +136,8 @@ CREATE TABLE outbox_relay (
     direct        boolean          NOT NULL,
 
     CONSTRAINT outbox_relay_pkey PRIMARY KEY (relay_id)
+    -- Nothing is set here, nor for outbox_slot and outbox_layout: no index has what changes in them, so a row's new
+    -- version takes the room of its old ones in the same page.
 );
 
 -- The unit of exclusion: bucket b belongs to slot b % slots, and a slot to one relay at a time.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from outbox_relay import schema
 from outbox_relay.source.statements import OutboxTable, quoted
-from outbox_relay.tables import BUCKETS
+from outbox_relay.tables import BUCKETS, OUTBOX_STORAGE, storage_sql
 
 _ADOPT = """\
 -- Makes {outbox} an outbox of outbox-relay. Read it, then run it as the table's owner, for example with psql -f.
@@ -33,6 +33,9 @@ ALTER TABLE {outbox}
     ) STORED;
 CREATE INDEX outbox_unsent ON {outbox} ({bucket}, {id}) WHERE {sent_at} IS NULL AND {parked_at} IS NULL;
 
+-- Vacuumed after so many dead rows, not after a share of all; and space is kept for the next rows.
+{storage};
+
 {others}
 COMMIT;
 """
@@ -60,6 +63,7 @@ def adoption_sql(table: OutboxTable, order_by: str | None) -> str:
         outbox_text="'" + names["outbox"].replace("'", "''") + "'",
         id_text="'" + table.id.replace("'", "''") + "'",
         last_bucket=BUCKETS - 1,
+        storage=storage_sql(names["outbox"], OUTBOX_STORAGE),
         others=schema.read_sql_of_the_relay().strip(),
         **names,
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sqlalchemy import (
+    DDL,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -20,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     Uuid,
+    event,
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
@@ -184,3 +188,22 @@ outbox_layout = Table(
     CheckConstraint("only_row", name="outbox_layout_has_one_row"),
     CheckConstraint("slots > 0 AND buckets % slots = 0", name="outbox_layout_slots_divide_buckets"),
 )
+
+#: What VACUUM does with these tables, and when.
+OUTBOX_STORAGE = {
+    "autovacuum_vacuum_scale_factor": "0",
+    "autovacuum_vacuum_threshold": "10000",
+    "vacuum_truncate": "off",
+}
+PARKED_STORAGE = {**OUTBOX_STORAGE, "autovacuum_vacuum_threshold": "1000"}
+
+
+def storage_sql(table: str, storage: Mapping[str, str]) -> str:
+    """SQL that sets these parameters of a table, whose name is quoted where it has to be."""
+    return f"ALTER TABLE {table} SET ({', '.join(f'{name} = {value}' for name, value in storage.items())})"
+
+
+# Not as an option of the table: SQLAlchemy has none for it before 2.1.
+for _table, _storage in ((outbox, OUTBOX_STORAGE), (outbox_parked, PARKED_STORAGE)):
+    _ddl = DDL(storage_sql("%(fullname)s", _storage))  # type: ignore[no-untyped-call]
+    event.listen(_table, "after_create", _ddl)

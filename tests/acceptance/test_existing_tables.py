@@ -95,7 +95,9 @@ async def test_debezium_s_table_is_relayed_through_the_mapping(
         assert await relay.exit_code() == 0
     records = await read(kafka, f"{topic}.order")
     rows = await connection.fetch('SELECT * FROM "Order Service".outboxevent ORDER BY seq')
-    # The relay's own tables came with it.
+    # The relay's own tables came with it, and autovacuum that keeps up.
+    options = await connection.fetchval("SELECT reloptions FROM pg_class WHERE relname = 'outboxevent'")
+    assert options == [f"{name}={value}" for name, value in tables.OUTBOX_STORAGE.items()]
     own = "SELECT count(*) FROM pg_tables WHERE schemaname = 'Order Service' AND tablename LIKE 'outbox\\_%'"
     assert await connection.fetchval(own) == len(tables.metadata.tables) - 1
     # What was there is ordered by the column that was named, and what came later follows.

@@ -12,8 +12,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy import NullPool, create_engine, make_url
 
 from outbox_relay import schema, tables
 from outbox_relay.errors import SchemaError
@@ -78,12 +77,12 @@ async def test_schema_sql_and_the_tables_in_python_say_the_same(database: Databa
     await connection.execute("CREATE SCHEMA from_sql; CREATE SCHEMA from_python")
     await connection.execute("SET search_path = from_sql")
     await connection.execute(schema.read_sql())
-    await connection.execute("SET search_path = from_python")
-    dialect = postgresql.dialect(paramstyle="named")  # pyformat would double the % of the expressions
-    for table in tables.metadata.sorted_tables:
-        await connection.execute(str(CreateTable(table).compile(dialect=dialect)))
-        for index in table.indexes:
-            await connection.execute(str(CreateIndex(index).compile(dialect=dialect)))
+    engine = create_engine(
+        make_url(database.url).set(drivername="postgresql+psycopg"),
+        connect_args={"options": "-c search_path=from_python"},
+        poolclass=NullPool,
+    )
+    await asyncio.to_thread(tables.metadata.create_all, engine)
 
     of_sql = await catalogue_of(connection, "from_sql")
     of_python = await catalogue_of(connection, "from_python")
