@@ -29,9 +29,13 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka import errors as kafka_errors
 from aiokafka.protocol.produce import ProduceRequest
 
+from outbox_relay.blame import InvalidRecordError
 from outbox_relay.errors import PublisherUnavailableError
 from outbox_relay.message import Record
 from outbox_relay.partitioner import Partition
+
+# Else it would arrive as UnknownError, as an unexpected error in the broker does.
+kafka_errors.kafka_errors.setdefault(InvalidRecordError.errno, InvalidRecordError)
 
 _ABANDON_SECONDS = 5.0
 #: The least time from one metadata request to the next.

@@ -37,6 +37,9 @@ class Publication:
         self._halted: set[Line] = set()
         self._known: dict[int, Outcome] = {}
         self._refused_topics: dict[str, tuple[str, str]] = {}
+        #: Refused alone, for a reason that may have nothing to do with them; by id, with their partitions.
+        self._suspects: dict[int, Partition] = {}
+        self._taking: set[Partition] = set()
 
     @property
     def topics(self) -> set[str]:
@@ -80,18 +83,25 @@ class Publication:
         """Kafka acknowledged the batch."""
         for record in batch:
             self._known[record.id] = Delivered(record)
+        self._taking.add(partition)
         if partition in self._most:
             self._most[partition] *= 2
 
     def put_back(self, partition: Partition, batch: Sequence[Record]) -> None:
-        """Kafka refused the batch, for one of its several records: it is tried again in smaller parts."""
+        """It is sent again as it is."""
         self._queues[partition].extendleft(reversed(batch))
+
+    def put_back_in_parts(self, partition: Partition, batch: Sequence[Record]) -> None:
+        """Kafka refused the batch, for one of its several records: it is tried again in smaller parts."""
+        self.put_back(partition, batch)
         self._most[partition] = len(batch) // 2
 
-    def refuse_row(self, record: Record, error: str, reason: str) -> None:
-        """Kafka refused the record alone: its key waits."""
+    def refuse_row(self, partition: Partition, record: Record, error: str, reason: str, *, surely: bool) -> None:
+        """Kafka refused the record alone: its key waits. Unless ``surely``, it is blamed only if others are taken."""
         self._known[record.id] = Retry(record, Scope.ROW, error, reason)
         self._halted.add(_line(record))
+        if not surely:
+            self._suspects[record.id] = partition
 
     def refuse_topic(self, topic: str, error: str, reason: str) -> None:
         """What is unsent of the topic in the end waits."""
@@ -103,6 +113,11 @@ class Publication:
 
     def outcomes(self, *, reachable: bool) -> list[Outcome]:
         """What became of each record. Where Kafka can't be reached, no topic is to blame."""
+        for id_, partition in self._suspects.items():
+            suspect = self._known[id_]
+            if partition not in self._taking and isinstance(suspect, Retry):
+                self.refuse_topic(suspect.record.topic, suspect.error, suspect.reason)
+                del self._known[id_]
         return [self._known.get(record.id) or self._unsent(record, reachable) for record in self._records]
 
     def _unsent(self, record: Record, reachable: bool) -> Outcome:

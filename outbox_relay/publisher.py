@@ -1,12 +1,12 @@
-"""Kafka, and the only place that classifies a broker's errors.
+"""Kafka: what is published, and what becomes of it.
 
 Batches are built here, one a partition, since aiokafka's own ``send`` costs four times as much a message
 (``docs/decisions/0005-publishing-with-aiokafka.md``). What is left undecided by Kafka ends here: a publish has a
 deadline, and past it the producer is abandoned.
 
-An error is one of three things. Some are the *row's*: Kafka looked at the batch and refused it. Where Kafka can't be
-reached, it is nobody's, and the rows are free again. Anything else is the *topic's*: Kafka is there, and yet the topic
-is missing, or forbidden, or has no leader or too few replicas, or doesn't answer; its rows wait, other topics flow.
+Whose fault an error is stands in ``blame.py``. A row is blamed only when Kafka refused it alone, and for an error that
+Kafka gives no name only when its partition took others. Where Kafka can't be reached, it is nobody's, and the rows are
+free again. A topic's rows wait, other topics flow.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from aiokafka import errors as kafka_errors
 
+from outbox_relay.blame import Fault, advice_on, fault_of, name_of
 from outbox_relay.errors import PublisherUnavailableError
 from outbox_relay.kafka_security import PLAINTEXT, KafkaSecurity
 from outbox_relay.message import Outcome, Record
@@ -36,44 +37,12 @@ _LOOK_SECONDS = 0.5
 #: How long rows at fault are searched for before the others are given back and claimed anew.
 _BLAME_SECONDS = 1.0
 
-
-#: Kafka looked at the batch and refused it: some record in it is at fault. It is blamed only when refused alone.
-#: UnknownError stands for codes that aiokafka has no class for, INVALID_RECORD (87) among them. RecordTooLargeError
-#: is said here, of a record that no broker with usual settings takes.
-_ROW_ERRORS = (
-    kafka_errors.RecordTooLargeError,
-    kafka_errors.MessageSizeTooLargeError,
-    kafka_errors.RecordListTooLargeError,
-    kafka_errors.CorruptRecordException,
-    kafka_errors.InvalidTimestampError,
-    kafka_errors.UnsupportedForMessageFormatError,
-    kafka_errors.PolicyViolationError,
-    kafka_errors.UnknownError,
-)
-
+#: What may be one record's fault, which is looked for.
+_BLAMED = (Fault.ROW, Fault.UNCLEAR)
 #: What isn't waited for when nothing else is under way.
 _HOPELESS = (kafka_errors.UnknownTopicOrPartitionError, kafka_errors.NotEnoughReplicasError)
 
 _NOT_ALLOWED = "add it to kafka.allowed_topics, if it is meant"
-_TOO_LARGE = "the record is larger than the topic takes: raise its {}, or store less in payload"
-_ADVICE: dict[type[BaseException], str] = {
-    kafka_errors.RecordTooLargeError: "brokers take no request as large as the record (100 MiB): store less in it",
-    kafka_errors.MessageSizeTooLargeError: _TOO_LARGE.format("max.message.bytes"),
-    kafka_errors.RecordListTooLargeError: _TOO_LARGE.format("segment.bytes"),
-    kafka_errors.UnknownError: (
-        "Kafka refuses the record, and its client has no name for the reason; the broker's log has it. "
-        "A compacted topic refuses a record without a key"
-    ),
-    kafka_errors.TopicAuthorizationFailedError: "grant this relay's user Write on the topic",
-    kafka_errors.UnknownTopicOrPartitionError: (
-        "create the topic (the relay never does), or grant this relay's user Describe on it"
-    ),
-    kafka_errors.LeaderNotAvailableError: "a partition has no leader: is the broker with its replicas up?",
-    kafka_errors.NotEnoughReplicasError: (
-        "a partition has fewer replicas in sync than the topic's min.insync.replicas: are all its brokers up?"
-    ),
-    TimeoutError: "Kafka is there, but a partition doesn't answer: is the broker that leads it in trouble?",
-}
 
 
 class KafkaPublisher:
@@ -165,7 +134,7 @@ class KafkaPublisher:
         problem = next(filter(None, (self._producer.obstacle((topic, number)) for number in range(count))), None)
         if not count:
             problem = kafka_errors.UnknownTopicOrPartitionError()
-        return None if problem is None else f"{_name(problem)}, {_advice(problem)}"
+        return None if problem is None else f"{name_of(problem)}, {advice_on(problem)}"
 
     # -- one publication
 
@@ -199,24 +168,32 @@ class KafkaPublisher:
     async def _send_all(self, publication: Publication, is_ours: Callable[[], bool]) -> None:
         blaming_since: float | None = None
         blamed_enough = False
+        sent_again: set[Partition] = set()
         while await self._renewed() and not blamed_enough and is_ours() and (round_ := publication.next_round()):
             for partition, error in (await self._send(round_)).items():
                 batch = round_[partition]
+                fault = None if error is None else fault_of(error)
                 if error is None:
                     publication.delivered(partition, batch)
-                elif not isinstance(error, _ROW_ERRORS):
+                elif fault is Fault.PRODUCER and partition not in sent_again:
+                    # Once: whoever refuses the new producer too doesn't mend by being asked in a loop.
+                    sent_again.add(partition)
+                    publication.put_back(partition, batch)
+                elif fault not in _BLAMED:
                     self._refuse_topic(publication, partition[0], error)
                     publication.give_up(partition)
                 elif len(batch) > 1:
                     blaming_since = blaming_since or time.monotonic()
-                    publication.put_back(partition, batch)
+                    publication.put_back_in_parts(partition, batch)
                 else:
-                    publication.refuse_row(batch[0], _name(error), _advice(error))
+                    publication.refuse_row(
+                        partition, batch[0], name_of(error), advice_on(error), surely=fault is Fault.ROW
+                    )
                     # Only after one was found, so that every publication gets on.
                     blamed_enough = blaming_since is not None and time.monotonic() - blaming_since > _BLAME_SECONDS
 
     def _refuse_topic(self, publication: Publication, topic: str, error: BaseException) -> None:
-        publication.refuse_topic(topic, _name(error), _advice(error))
+        publication.refuse_topic(topic, name_of(error), advice_on(error))
 
     async def _send(self, round_: Mapping[Partition, Sequence[Record]]) -> dict[Partition, BaseException | None]:
         """Send one batch to each partition and wait for all: None is an acknowledgement, anything else none.
@@ -244,8 +221,8 @@ class KafkaPublisher:
             error = future.exception() if future not in unanswered else producer.obstacle(partition) or TimeoutError()
             answers[partition] = error
             doubtful = doubtful or error is not None
-            if error is not None and future not in unanswered and not isinstance(error, _ROW_ERRORS):
-                self._telemetry.publish_failed(*partition, len(round_[partition]), _name(error))
+            if error is not None and future not in unanswered and fault_of(error) not in _BLAMED:
+                self._telemetry.publish_failed(*partition, len(round_[partition]), name_of(error))
         if doubtful:
             # Sequence numbers are used up, or something may still be on its way: this producer is finished.
             await self._abandon()
@@ -327,11 +304,3 @@ def is_allowed(topic: str, allowed_topics: Collection[str] | None) -> bool:
     return allowed_topics is None or any(
         topic.startswith(allowed[:-1]) if allowed.endswith("*") else topic == allowed for allowed in allowed_topics
     )
-
-
-def _name(error: BaseException) -> str:
-    return type(error).__name__
-
-
-def _advice(error: BaseException) -> str:
-    return _ADVICE.get(type(error)) or f"{error}; the broker's log says more"

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from outbox_relay import publisher as publisher_module
+from outbox_relay.blame import Fault, fault_of
 from outbox_relay.errors import PublisherUnavailableError
 from outbox_relay.message import Delivered, Outcome, Record, Released, Retry, Scope
 from outbox_relay.partitioner import Partition
@@ -179,57 +180,61 @@ async def test_other_partitions_go_on_while_a_row_at_fault_is_looked_for(monkeyp
     assert partitions[:4] == ["t", "other", "t", "other"]
 
 
-#: What Kafka may answer to a batch and aiokafka doesn't try again by itself, by error code.
-ANSWERS = {
-    -1: Scope.ROW,  # something unexpected; a record may be behind it
-    2: Scope.ROW,  # CORRUPT_MESSAGE
-    10: Scope.ROW,  # MESSAGE_TOO_LARGE
-    17: Scope.TOPIC,  # INVALID_TOPIC_EXCEPTION
-    18: Scope.ROW,  # RECORD_LIST_TOO_LARGE
-    21: Scope.TOPIC,  # INVALID_REQUIRED_ACKS
-    29: Scope.TOPIC,  # TOPIC_AUTHORIZATION_FAILED
-    31: Scope.TOPIC,  # CLUSTER_AUTHORIZATION_FAILED
-    32: Scope.ROW,  # INVALID_TIMESTAMP
-    35: Scope.TOPIC,  # UNSUPPORTED_VERSION
-    42: Scope.TOPIC,  # INVALID_REQUEST
-    43: Scope.ROW,  # UNSUPPORTED_FOR_MESSAGE_FORMAT
-    44: Scope.ROW,  # POLICY_VIOLATION
-    45: Scope.TOPIC,  # OUT_OF_ORDER_SEQUENCE_NUMBER
-    47: Scope.TOPIC,  # INVALID_PRODUCER_EPOCH
-    48: Scope.TOPIC,  # INVALID_TXN_STATE
-    49: Scope.TOPIC,  # INVALID_PRODUCER_ID_MAPPING
-    53: Scope.TOPIC,  # TRANSACTIONAL_ID_AUTHORIZATION_FAILED
-    59: Scope.TOPIC,  # UNKNOWN_PRODUCER_ID
-    87: Scope.ROW,  # INVALID_RECORD
-}
-#: What it tries again, so that the publisher meets it as TimeoutError, or sees the obstacle itself.
+#: Error codes that aiokafka tries again by itself, so that the publisher meets them as TimeoutError, or sees the
+#: obstacle itself; of those that Kafka may answer to a batch.
 TRIED_AGAIN = {3, 5, 6, 7, 19, 20, 56}
+ANSWERS = {-1, 2, 10, 17, 18, 21, 29, 31, 32, 35, 42, 43, 44, 45, 47, 48, 49, 53, 59, 87}
 
 
 def test_it_is_known_which_answers_are_tried_again_by_the_client() -> None:
-    assert {code for code in TRIED_AGAIN | ANSWERS.keys() if kafka_errors.for_code(code).retriable} == TRIED_AGAIN
+    assert {code for code in TRIED_AGAIN | ANSWERS if kafka_errors.for_code(code).retriable} == TRIED_AGAIN
 
 
 @pytest.mark.parametrize(
-    ("error", "scope"),
-    [
-        *((kafka_errors.for_code(code)(), scope) for code, scope in ANSWERS.items()),
-        (kafka_errors.ProducerFenced(), Scope.TOPIC),
-        (kafka_errors.KafkaError("the sender died"), Scope.TOPIC),
-    ],
-    ids=lambda value: repr(value) if isinstance(value, Exception) else value.name,
+    "error",
+    [*(kafka_errors.for_code(code)() for code in sorted(ANSWERS)), kafka_errors.ProducerFenced(), TimeoutError()],
+    ids=repr,
 )
-async def test_what_is_not_the_rows_fault_is_its_topics(
-    error: Exception, scope: Scope, monkeypatch: pytest.MonkeyPatch
+async def test_only_a_row_at_fault_is_blamed_and_other_topics_flow(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broker = Broker({"t": 1, "other": 1}, lambda each: error if each.topic == "t" else None)
     publisher = await connected(broker, monkeypatch)
     outcomes = await publisher.publish([record(1), record(2, topic="other")], ours)
+    fault = fault_of(error)
     assert isinstance(outcomes[0], Retry)
-    assert (outcomes[0].scope, outcomes[0].error) == (scope, type(error).__name__)
+    assert outcomes[0].error == type(error).__name__
+    assert outcomes[0].scope is (Scope.ROW if fault is Fault.ROW else Scope.TOPIC)
     assert isinstance(outcomes[1], Delivered)
     assert publisher.ready
-    assert broker.producers == 2, "once more, and not in a loop"
+    assert broker.producers == 2 + (fault is Fault.PRODUCER), "once more, and not in a loop"
+
+
+async def test_a_batch_that_a_producer_s_numbering_spoilt_is_sent_again_whole_and_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broker = Broker()
+    broker.error_for = lambda _: kafka_errors.OutOfOrderSequenceNumber() if broker.producers == 1 else None
+    publisher = await connected(broker, monkeypatch)
+    outcomes = await publisher.publish([record(n) for n in range(1, 11)], ours)
+    assert of_kind(outcomes, Delivered) == list(range(1, 11))
+    assert broker.batches == [(("t", 0), 10)] * 2
+
+
+async def test_an_error_without_a_name_is_a_rows_only_if_its_partition_takes_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(each: Record) -> Exception | None:
+        return kafka_errors.UnknownError() if each.value == b"bad" or each.topic == "in trouble" else None
+
+    broker = Broker({"t": 1, "in trouble": 1}, fails)
+    publisher = await connected(broker, monkeypatch)
+    records = [record(n, f"k{n}", "t", b"bad" if n == 3 else b"good") for n in range(1, 6)]
+    records += [record(n, f"k{n}", "in trouble") for n in range(11, 16)]
+    outcomes = await publisher.publish(records, ours)
+    assert of_kind(outcomes, Delivered) == [1, 2, 4, 5]
+    scopes = {outcome.record.id: outcome.scope for outcome in outcomes if isinstance(outcome, Retry)}
+    assert scopes == {3: Scope.ROW} | dict.fromkeys(range(11, 16), Scope.TOPIC)
 
 
 async def test_without_kafka_nobody_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
