@@ -34,6 +34,8 @@ WINDOWS = 100
 WINDOW_IDS = 500
 #: The topics that have the most of these are told.
 MOST_TOPICS = 10
+#: Of paused topics so many are told.
+MOST_PAUSED = 100
 #: No statement runs longer, whatever the relay may take.
 MOST_SECONDS = 5.0
 
@@ -102,8 +104,15 @@ SELECT count(*) AS looked_at,
        count(*) FILTER (WHERE p.state = 'dead') AS dead, count(*) FILTER (WHERE p.state = 'discarded') AS discarded,
        count(DISTINCT (p.bucket, p.line))
            FILTER (WHERE p.has_key AND p.state IN ('retry', 'trying', 'blocked', 'dead')) AS blocked_keys,
-       extract(epoch FROM now() - min(p.parked_at) FILTER (WHERE p.state <> 'discarded'))::float8 AS oldest_seconds
+       extract(epoch FROM now() - min(p.parked_at) FILTER (WHERE p.state <> 'discarded'))::float8 AS oldest_seconds,
+       extract(epoch FROM now() - min(p.parked_at) FILTER (WHERE p.state = 'dead'))::float8 AS oldest_dead_seconds
 FROM (SELECT w.state, w.bucket, w.line, w.parked_at, w.key IS NOT NULL AS has_key FROM outbox_parked w LIMIT $1) AS p
+"""
+
+_PAUSED = """
+-- paused topics
+SELECT p.topic, extract(epoch FROM now() - p.paused_at)::float8 AS since_seconds, p.reason
+FROM outbox_pause p ORDER BY p.topic LIMIT $1
 """
 
 _ALIVE = "r.renewed_at > now() - make_interval(secs => r.lease_seconds)"
@@ -166,6 +175,16 @@ class Parked:
     discarded: int
     blocked_keys: int
     oldest_seconds: float | None
+    oldest_dead_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """A topic that somebody paused, and why."""
+
+    topic: str
+    since_seconds: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +231,7 @@ class Status:
     backlog: Backlog
     topics: Topics
     parked: Parked
+    paused: list[Paused]
     relays: list[RelayAlive]
     slots: SlotsOwned
     rates: Rates
@@ -277,6 +297,7 @@ async def read_on(session: Session, table: OutboxTable, window: Callable[[], Awa
                 rows, looked_at + await _estimated_rest(session, statements, layout.buckets, share, after.last_id)
             )
         parked = dict(await one(session, _PARKED, MOST_COUNTED + 1))
+        paused = await session.fetch(_PAUSED, MOST_PAUSED)
         relays = await session.fetch(_RELAYS)
         without_owner = await session.fetch(_WITHOUT_OWNER)
     rates = rates_of(before, after, new["rows"])
@@ -284,6 +305,7 @@ async def read_on(session: Session, table: OutboxTable, window: Callable[[], Awa
         Backlog(rows, after.is_exact, None if age is None else max(0.0, age)),
         Topics(looked_at, [Topic(topic["topic"], topic["rows"]) for topic in topics]),
         Parked(parked.pop("looked_at") <= MOST_COUNTED, **parked),
+        [Paused(**pause) for pause in paused],
         [RelayAlive(**relay) for relay in relays],
         SlotsOwned(layout.slots, [row["slot"] for row in without_owner]),
         rates,
@@ -391,8 +413,11 @@ def as_tables(status: Status) -> Iterator[str]:
         yield (
             f"Parked    {'' if status.parked.is_exact else 'more than '}"
             + ", ".join(f"{n:,} {name}" for name, n in parked.items())
-            + f"; {status.parked.blocked_keys:,} keys are blocked"
+            + f"; {(keys := status.parked.blocked_keys):,} {'key is' if keys == 1 else 'keys are'} blocked"
+            + ("" if (dead := status.parked.oldest_dead_seconds) is None else f"; the oldest dead for {span(dead)}")
         )
+    for paused in status.paused:
+        yield f"Paused    {printable(paused.topic)}, for {span(paused.since_seconds)}: {printable(paused.reason)}"
     alone = status.slots.without_owner
     yield (
         f"Slots     {status.slots.count - len(alone)} of {status.slots.count} owned"

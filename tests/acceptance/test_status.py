@@ -122,8 +122,14 @@ async def test_rows_that_wait_are_no_backlog(outbox_database: Database) -> None:
         ("discarded", 12, 12, 60),
     ):
         await connection.execute(park, state, first, last, minutes)
+    await connection.execute(
+        "INSERT INTO outbox_pause (topic, paused_at, reason) VALUES ('orders', now() - interval '1 hour', 'moved')"
+    )
     found = await read(outbox_database)
     assert (found.backlog.rows, found.topics.most) == (32, [Topic("orders", 32)])
+    assert found.parked.oldest_dead_seconds == pytest.approx(180, abs=60)
+    assert [(paused.topic, paused.reason) for paused in found.paused] == [("orders", "moved")]
+    assert found.paused[0].since_seconds == pytest.approx(3600, abs=60)
     assert found.parked.oldest_seconds == pytest.approx(300, abs=60)
     counts = {name: getattr(found.parked, name) for name in status._STATES}
     assert counts == {"retry": 2, "trying": 0, "blocked": 2, "topic": 2, "dead": 1, "discarded": 1}

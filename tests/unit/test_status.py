@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 from outbox_relay import status
-from outbox_relay.status import Backlog, Counted, Forecast, Parked, Rates, RelayAlive, SlotsOwned, Status, Topic, Topics
+from outbox_relay.status import (
+    Backlog,
+    Counted,
+    Forecast,
+    Parked,
+    Paused,
+    Rates,
+    RelayAlive,
+    SlotsOwned,
+    Status,
+    Topic,
+    Topics,
+)
 
 COMMANDS = Path(__file__).parents[2] / "docs" / "commands.md"
 MANY = status.MOST_COUNTED + 1
@@ -58,11 +70,13 @@ BUSY = Status(
         trying=0,
         blocked=1100,
         topic=0,
-        dead=0,
+        dead=1,
         discarded=0,
         blocked_keys=2,
         oldest_seconds=33.0,
+        oldest_dead_seconds=9.0,
     ),
+    [Paused("bad\x1b[2J", 7200.0, "moved")],
     [
         RelayAlive(7, "orders-1", ready=True, connected=True, heartbeat_seconds=0.41, slots=[0, 1, 2, 4]),
         RelayAlive(8, "orders-2", ready=False, connected=None, heartbeat_seconds=130.0, slots=[]),
@@ -78,7 +92,8 @@ def test_a_person_gets_tables() -> None:
         "Backlog   1,280 rows, the oldest 4.2 s old\n"
         "Rates     310.0/s inserted, 950.0/s sent (over 2.0 s)\n"
         "Forecast  shrinking; gone in 2.0 h at these rates\n"
-        "Parked    2 retry, 1,100 blocked; 2 keys are blocked\n"
+        "Parked    2 retry, 1,100 blocked, 1 dead; 2 keys are blocked; the oldest dead for 9.0 s\n"
+        "Paused    bad\\x1b[2J, for 2.0 h: moved\n"
         "Slots     12 of 16 owned; the rows of these wait: 8-10 15\n"
         "\n"
         "TOPIC            ROWS\n"
@@ -97,7 +112,7 @@ def test_what_is_estimated_says_so() -> None:
     huge = dataclasses.replace(BUSY, backlog=Backlog(999_000, is_exact=False, oldest_seconds=None), relays=[])
     lines = list(status.as_tables(huge))
     assert lines[0] == "Backlog   about 999,000 rows"
-    assert lines[6] == "TOPIC            ROWS OF THE 1,280 LOOKED AT"
+    assert lines[7] == "TOPIC            ROWS OF THE 1,280 LOOKED AT"
     assert lines[-1] == "No relay is alive."
 
 
@@ -116,10 +131,14 @@ def test_a_pipe_gets_a_fact_a_line_by_the_names_of_the_json() -> None:
         "parked.trying 0",
         "parked.blocked 1100",
         "parked.topic 0",
-        "parked.dead 0",
+        "parked.dead 1",
         "parked.discarded 0",
         "parked.blocked_keys 2",
         "parked.oldest_seconds 33.0",
+        "parked.oldest_dead_seconds 9.0",
+        "paused.0.topic bad\\x1b[2J",
+        "paused.0.since_seconds 7200.0",
+        "paused.0.reason moved",
         "relays.0.relay_id 7",
         "relays.0.name orders-1",
         "relays.0.ready yes",
@@ -147,9 +166,10 @@ def test_every_field_is_documented() -> None:
     documented = dict(re.findall(r"^\| `([a-z_.]+)` \| (.+) \|$", section, re.MULTILINE))
     found = BUSY.as_dict()
     fields = [f"{table}.{field}" for table, fields in found.items() if isinstance(fields, dict) for field in fields] + [
-        "relays"
+        "relays",
+        "paused",
     ]
     assert sorted(documented) == sorted(fields)
-    for name, inner in (("relays", RelayAlive), ("topics.most", Topic)):
+    for name, inner in (("relays", RelayAlive), ("topics.most", Topic), ("paused", Paused)):
         mentioned = re.findall(r"`([a-z_]+)`", documented[name])
         assert mentioned == [field.name for field in dataclasses.fields(inner)]
