@@ -43,7 +43,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 
 def on_outbox(path: Path | None, database_url: str | None, work: Work[T]) -> T:
     """Do it on a connection of its own."""
-    database, table = _outbox_of(path, database_url)
+    database, table = outbox_of(path, database_url)
 
     async def do() -> T:
         session = Session(database, "outbox-relay operator")
@@ -55,7 +55,8 @@ def on_outbox(path: Path | None, database_url: str | None, work: Work[T]) -> T:
     return asyncio.run(do())
 
 
-def _outbox_of(path: Path | None, database_url: str | None) -> tuple[Database, OutboxTable]:
+def outbox_of(path: Path | None, database_url: str | None) -> tuple[Database, OutboxTable]:
+    """What these options mean. Raises ConfigError."""
     if path is None and database_url is None:
         raise ConfigError(["which database is meant? Give --config or --database-url, or set DATABASE_URL"])
     if path is None:

@@ -174,9 +174,12 @@ def _behind(first: asyncpg.Record, row: asyncpg.Record) -> Explanation:
         "topic": "whose topic can't be written to, or is paused",
         "blocked": f"which is about to go on; `outbox-relay explain {first['id']}` says more",
     }
+    sentences = [f"An earlier row of its topic and key waits: {first['id']}, {waits[first['state']]}."]
+    if row["state"] is None:
+        sentences.append('No relay has put it behind that yet; where relay.followers is "skip", none will.')
     return Explanation(
         "blocked",
-        [f"An earlier row of its topic and key waits: {first['id']}, {waits[first['state']]}."],
+        sentences,
         {"behind": first["id"], "behind_state": first["state"], "behind_error": first["error"]},
     )
 

@@ -19,6 +19,7 @@ from outbox_relay import audit, schema
 from outbox_relay.audit import Deed
 from outbox_relay.errors import RefusedError, SourceUnavailableError
 from outbox_relay.source.session import Session
+from outbox_relay.source.snapshot import one, snapshot
 from outbox_relay.source.statements import OUTBOX, OutboxTable, literal, quoted, topic_of
 
 #: The header that marks a copy; an application should leave it to the relay.
@@ -146,10 +147,12 @@ class Replay:
         before = self._range.after
         while last_id is not None and before < last_id:
             range_ = self._range
-            (step,) = await self._session.fetch(
-                _STEP.format(**self._names),
-                *(before, last_id, ROWS_A_STEP, range_.since, range_.until, range_.topic, range_.key),
-            )
+            async with snapshot(self._session):
+                step = await one(
+                    self._session,
+                    _STEP.format(**self._names),
+                    *(before, last_id, ROWS_A_STEP, range_.since, range_.until, range_.topic, range_.key),
+                )
             ids.extend(step["ids"])
             sent_at += [step["first_sent_at"], step["last_sent_at"]] if step["ids"] else []
             if step["looked_at"] < ROWS_A_STEP:
