@@ -24,7 +24,7 @@ from outbox_relay.source.statements import OUTBOX, OutboxTable, literal, quoted
 from outbox_relay.telemetry import Telemetry
 
 #: The most rows that are looked at, and deleted, in one transaction.
-_BATCH_ROWS = 5_000
+BATCH_ROWS = 5_000
 #: The rest after a batch, by how long it took: a quarter of one connection's time is the most that is used.
 _REST = 3.0
 #: The most between two sweeps, and between two that start at the lowest id. Rows that are kept for less than that are
@@ -201,7 +201,7 @@ class Pruner:
         pruned = 0
         async with self._session.transaction():
             await self._session.fetch(_SETTINGS)
-            (looked,) = await self._session.fetch(self._look, after_id, cut, _BATCH_ROWS)
+            (looked,) = await self._session.fetch(self._look, after_id, cut, BATCH_ROWS)
             old = [(self._prune_sent, looked["sent"]), (self._prune_discarded, looked["discarded"])]
             old = [(statement, ids) for statement, ids in old if ids]
             for statement, ids in old:
@@ -212,5 +212,5 @@ class Pruner:
             pruned,
             after_id if looked["last_id"] is None else looked["last_id"],
             first_young_id,
-            is_last=looked["looked_at"] < _BATCH_ROWS or (first_young_id is not None and not old),
+            is_last=looked["looked_at"] < BATCH_ROWS or (first_young_id is not None and not old),
         )
