@@ -22,6 +22,8 @@ What counts as what, in the order of :data:`KINDS`:
     Partitions in which a ``(topic, key)`` was found and should not have been. Where the topic's partition
     count is known, all but the one that Java's default partitioner chooses; else all but one.
 
+A copy that a replay made is an event of its own, found by its outbox id too: the header ``replay-of`` tells. Copies are
+not judged for order or partition, since writers of their key don't take turns with a replay.
 A record whose topic or key is corrupted is in nobody's log: it is not judged for order or partition.
 All counts depend only on the log of each partition, never on how the partitions were interleaved in reading.
 
@@ -40,6 +42,7 @@ from hashlib import blake2b
 from typing import Any
 
 from outbox_relay.errors import CheckError
+from outbox_relay.message import REPLAY_HEADER
 from outbox_relay.partitioner import partition_for
 
 #: Every kind of damage, in the order of the reports.
@@ -191,13 +194,14 @@ class Checker:
         lines: dict[tuple[str, bytes], _Line] = {}
         self._rows: dict[str, _Row] = {}
         for row in committed:
-            if row.event_id in self._rows:
+            event_id = _event(row.event_id, str(row.outbox_id), REPLAY_HEADER in row.headers)
+            if event_id in self._rows:
                 raise CheckError(f"the ledger has event {row.event_id} twice; nothing can be compared with it")
             key_digest = _digest(row.key)
             line = lines.get((row.topic, key_digest))
             if line is None:
                 line = lines[row.topic, key_digest] = self._line(row, key_digest)
-            self._rows[row.event_id] = _Row(row, line)
+            self._rows[event_id] = _Row(row, line)
 
     def see(self, record: Seen) -> None:
         """Take one record. Each partition's records come in the order of their offsets, each once.
@@ -218,7 +222,8 @@ class Checker:
         if event_id is None:
             self._note("invented", None, None, record, "it has no id header")
             return
-        shown_id = event_id.decode("utf-8", "backslashreplace")
+        headers = dict(record.headers)
+        shown_id = _event(_shown(event_id), _shown(headers.get("outbox-id")), REPLAY_HEADER in headers)
         row = self._rows.get(shown_id)
         if row is None:
             self._note("invented", shown_id[:_SHOWN_ID_CHARACTERS], None, record, "no such event was committed")
@@ -230,7 +235,7 @@ class Checker:
         differences = row.differences(record)
         if differences:
             self._note("corrupted", shown_id, row, record, f"differs in {', '.join(differences)}")
-        if row.line.keyed and "topic" not in differences and "key" not in differences:
+        if row.line.keyed and not row.is_copy and "topic" not in differences and "key" not in differences:
             self._follow(shown_id, row, record)
 
     def report(self) -> Report:
@@ -316,10 +321,11 @@ class _Stray:
 class _Row:
     """What is kept of a committed row."""
 
-    __slots__ = ("content", "dated", "line", "met_at_home", "outbox_id", "records")
+    __slots__ = ("content", "dated", "is_copy", "line", "met_at_home", "outbox_id", "records")
 
     def __init__(self, row: Committed, line: _Line) -> None:
         self.outbox_id = row.outbox_id
+        self.is_copy = REPLAY_HEADER in row.headers
         self.line = line
         self.dated = row.created_at is not None
         self.content = _digest(row.value) + _headers_digest(_expected_headers(row), dated=self.dated)
@@ -343,6 +349,14 @@ class _Row:
             )
             if differs
         ]
+
+
+def _event(event_id: str, outbox_id: str, is_copy: bool) -> str:
+    return f"{event_id} {outbox_id}" if is_copy else event_id
+
+
+def _shown(value: bytes | None) -> str:
+    return (value or b"").decode("utf-8", "backslashreplace")
 
 
 def _expected_headers(row: Committed) -> list[tuple[str, bytes | None]]:

@@ -394,8 +394,7 @@ class DeadLetters:
                             await audit.record(self._session, deed, sorted(changed))
                 except SourceUnavailableError as error:
                     raise SourceUnavailableError(
-                        f"{error}; {done} of {chosen.rows} rows were changed before, the others not: give the command"
-                        " again"
+                        f"{error}; {done} of {chosen.rows} rows were changed before: give the command again"
                     ) from error
                 done += len(changed)
         return done

@@ -12,6 +12,9 @@ Header: TypeAlias = tuple[str, bytes]
 #: Header names that the relay writes itself; a row's own headers may not use them.
 RESERVED_HEADERS = ("id", "type", "outbox-id", "created_at")
 
+#: Marks a copy that a replay made; its value is the original's outbox id. An application leaves it to the relay.
+REPLAY_HEADER = "replay-of"
+
 
 @dataclass(frozen=True, slots=True)
 class Record:

@@ -18,12 +18,10 @@ from datetime import datetime
 from outbox_relay import audit, schema
 from outbox_relay.audit import Deed
 from outbox_relay.errors import RefusedError, SourceUnavailableError
+from outbox_relay.message import REPLAY_HEADER
 from outbox_relay.source.session import Session
 from outbox_relay.source.snapshot import one, snapshot
 from outbox_relay.source.statements import OUTBOX, OutboxTable, literal, quoted, topic_of
-
-#: The header that marks a copy; an application should leave it to the relay.
-HEADER = "replay-of"
 
 #: One statement looks at no more rows, and one transaction writes no more.
 ROWS_A_STEP = 20_000
@@ -129,7 +127,7 @@ class Replay:
             "topic": topic_of(table.topic),
             "key": f"o.{quoted(table.key)}::text",
             "headers": headers,
-            "header": HEADER,
+            "header": REPLAY_HEADER,
             **{name: quoted(getattr(table, name)) for name in ("id", "sent_at")},
         }
 
@@ -212,6 +210,6 @@ class Replay:
             columns=", ".join(map(quoted, columns)),
             values=", ".join(f"o.{quoted(column)}" for column in columns),
             headers_column=quoted(table.headers),
-            marked=f"{self._names['headers']} || jsonb_build_object('{HEADER}', o.{quoted(table.id)}::text)",
+            marked=f"{self._names['headers']} || jsonb_build_object('{REPLAY_HEADER}', o.{quoted(table.id)}::text)",
             **self._names,
         )

@@ -19,7 +19,7 @@ from outbox_relay.source.statements import OutboxTable
 from outbox_relay.topic_reader import read_topics
 from tests.acceptance.commands import invoke, outbox_relay, session_on
 from tests.acceptance.parked import dead, insert, sent
-from tests.acceptance.relays import drained, new_topic, relay_process
+from tests.acceptance.relays import compare, drained, new_topic, relay_process
 from tests.acceptance.test_existing_tables import COLUMNS, DEBEZIUM, adopt, write_config
 from tests.conftest import Database
 
@@ -234,3 +234,5 @@ async def test_copies_are_sent_in_order_behind_live_rows(outbox_database: Databa
         assert replayed == live == sorted(live)
         assert [id_ for id_, _ in records] == sorted(id_ for id_, _ in records)
     assert sum(map(len, seen.values())) == 400
+    report = await compare(connection, kafka, topic)
+    assert (report.sound, report.committed, report.duplicates) == (True, 400, 0), report.describe()

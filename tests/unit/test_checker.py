@@ -392,6 +392,34 @@ def log_of(*ids: int, key: bytes | None = b"a", partition: int = 0) -> list[Seen
     return [record_of(row, partition, offset) for offset, id_ in enumerate(ids) for row in rows(id_, key=key)]
 
 
+def copy_of(row: Committed, outbox_id: int) -> Committed:
+    return replace(row, outbox_id=outbox_id, headers={"replay-of": str(row.outbox_id)})
+
+
+def test_copies_of_a_replay_are_events_of_their_own() -> None:
+    (first, second) = rows(1, 2)
+    copies = [copy_of(first, 3), copy_of(second, 4), copy_of(first, 5)]
+    ledger = [first, second, *copies]
+    everything = [record_of(row, 0, offset) for offset, row in enumerate(ledger)]
+    assert check(ledger, everything).sound
+    assert check(ledger, everything).duplicates == 0
+    assert check(ledger, everything[:-1]).lost == 1
+    assert check([first, second], everything).invented == 3
+    again = replace(everything[2], offset=5)
+    assert check(ledger, [*everything, again]).duplicates == 1
+    assert check(ledger, [*everything[:-1], replace(everything[-1], value=b"other")]).corrupted == 1
+
+
+def test_a_row_that_comes_after_a_copy_with_a_higher_id_is_in_order() -> None:
+    (first, late) = rows(1, 2)
+    copy = copy_of(first, 3)
+    log = [record_of(row, 0, offset) for offset, row in enumerate((first, copy, late))]
+    assert check([first, late, copy], log).sound
+    live = replace(copy, event_id="event-3", headers={})
+    log = [record_of(row, 0, offset) for offset, row in enumerate((first, live, late))]
+    assert check([first, late, live], log).out_of_order == 1
+
+
 @pytest.mark.parametrize(
     ("log", "out_of_order", "duplicates"),
     [
