@@ -9,6 +9,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Files of tests run side by side, each worker with servers of its own.
+AT_ONCE := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo setup test matrix quick check format lock clean
@@ -34,7 +36,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 test: setup ## Run all tests on real PostgreSQL and Apache Kafka
-	$(BIN)/pytest
+	$(BIN)/pytest $(AT_ONCE)
 
 matrix: setup ## The tests on each version of PostgreSQL, Kafka and Python that is claimed; about an hour
 	$(BIN)/python -m tests.matrix
@@ -47,7 +49,7 @@ quick: setup ## Lint, format, types, import contract, unit tests; for every comm
 	$(BIN)/pytest tests/unit
 
 check: quick ## quick, then all other tests; what CI runs
-	$(BIN)/pytest --ignore=tests/unit
+	$(BIN)/pytest --ignore=tests/unit $(AT_ONCE)
 
 format: setup ## Format the code and mend what ruff can
 	$(BIN)/ruff check --fix

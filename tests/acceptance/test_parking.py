@@ -14,7 +14,7 @@ from outbox_relay.relay import Claim
 from outbox_relay.retry import Backoff
 from outbox_relay.servers import Postgres
 from outbox_relay.source.polling import PollingSource
-from tests.acceptance.parked import broken_rules, states
+from tests.acceptance.parked import broken_rules, park, states
 from tests.conftest import Database
 from tests.contract.sources import PostgresWorld
 from tests.fakes import record
@@ -148,6 +148,16 @@ async def test_after_a_retry_the_followers_go_in_order_however_many_they_are(
     await world.insert(*(record(id_, "a") for id_ in range(101, 111)))
     assert await until(source, connection, {}) == list(range(1, 111))
     assert await world.sent() == {*range(1, 111), 1000}
+
+
+async def test_followers_go_up_to_the_next_row_that_waits_for_something_of_its_own(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(*(record(id_, "a") for id_ in range(1, 6)))
+    for id_, state in ((1, "retry"), (2, "blocked"), (3, "blocked"), (4, "dead"), (5, "blocked")):
+        await park(connection, id_, state, due_in_seconds=0 if id_ == 1 else None)
+    source = await world.source()
+    assert await until(source, connection, {4: "dead", 5: "blocked"}) == [1, 2, 3]
 
 
 async def test_followers_that_skip_go_on_and_the_row_is_tried_again(
