@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import asyncpg
 
@@ -33,7 +33,7 @@ WHERE o.{id} = $1
 # What a row of this bucket, topic and key would have to wait for: the first of its line.
 _FIRST = """
 -- explain: the first of the line
-SELECT p.id, p.state, p.attempts, p.due_at, p.error, p.reason
+SELECT p.id, p.state, p.attempts, p.due_at, p.error, p.reason, now() AS now
 FROM (SELECT $1::smallint AS bucket, hashtextextended($2, hashtextextended($3, 0)) AS line) AS l
 CROSS JOIN LATERAL (
     SELECT * FROM outbox_parked p
@@ -82,12 +82,30 @@ SELECT l.pruned_until FROM outbox_layout l
 """
 
 
+#: ``docs/commands.md`` says what each means.
+Answer: TypeAlias = Literal[
+    "sent",
+    "discarded",
+    "dead",
+    "blocked",
+    "retry",
+    "trying",
+    "topic",
+    "paused",
+    "no-owner",
+    "owner-lost",
+    "owner-not-ready",
+    "queued",
+    "no-such-row",
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """``answer`` is one of a fixed set of words, for programs; ``sentences`` say the same, and what follows from it.
-    The other facts are those of the answer, by the names of the JSON."""
+    """``answer`` is for programs; ``sentences`` say the same, and what follows from it. The other facts are those of
+    the answer, by the names of the JSON."""
 
-    answer: str
+    answer: Answer
     sentences: list[str]
     facts: dict[str, Any]
 
@@ -157,8 +175,8 @@ def _dead(row: asyncpg.Record, id_: int) -> Explanation:
     return Explanation(
         "dead",
         [
-            f"Kafka refused it {row['attempts']} times, and it waits for somebody to decide,"
-            f" {_since(row['since'], row['now'])}.",
+            f"Kafka refused it {row['attempts']} time{'s' * (row['attempts'] != 1)},"
+            f" and it waits for somebody to decide, {_since(row['since'], row['now'])}.",
             f"The last refusal: {_refusal(row)}.",
             f"Mend the cause and `outbox-relay dead retry {id_}`, or `outbox-relay dead discard {id_} --reason …`.",
         ],
@@ -169,7 +187,7 @@ def _dead(row: asyncpg.Record, id_: int) -> Explanation:
 def _behind(first: asyncpg.Record, row: asyncpg.Record) -> Explanation:
     waits = {
         "dead": f"which is dead: {_refusal(first)}. `outbox-relay explain {first['id']}` says what to do",
-        "retry": f"which Kafka refused: {_refusal(first)}; it is tried again {_due(first, row['now'])}",
+        "retry": f"which Kafka refused: {_refusal(first)}; it is tried again {_due(first)}",
         "trying": "which is being tried again now",
         "topic": "whose topic can't be written to, or is paused",
         "blocked": f"which is about to go on; `outbox-relay explain {first['id']}` says more",
@@ -217,14 +235,17 @@ def _on_its_way(row: asyncpg.Record, slot: int, owner: asyncpg.Record, before: i
         "relay": owner["name"],
         "owned_since": owner["taken_at"],
     }
-    answer, sentence = "queued", _in_the_queue(before)
-    if row["state"] in ("retry", "blocked"):
-        answer = row["state"]
-        what = f"Kafka refused it, attempt {row['attempts']}: {_refusal(row)}" if answer == "retry" else "It waited"
-        sentence = f"{what}. It is tried again {_due(row, row['now'])}"
+    answer: Answer = "queued"
+    sentence = _in_the_queue(before)
+    if row["state"] == "retry":
+        answer = "retry"
+        sentence = f"Kafka refused it, attempt {row['attempts']}: {_refusal(row)}. It is tried again {_due(row)}"
+    elif row["state"] == "blocked":
+        answer = "blocked"
+        sentence = f"What it waited for is done. It goes on {_due(row)}"
     elif row["state"] == "trying":
         answer = "trying"
-        sentence = f"It is being tried again, after {row['attempts']} refusals. {_in_the_queue(before)}"
+        sentence = f"It waited, and is among those that are sent now. {_in_the_queue(before)}"
     # Only what keeps the row is its owner's fault if nothing else does.
     problem, about = _of_owner(owner, slot, row["now"])
     if problem is not None and answer in ("queued", "trying"):
@@ -232,7 +253,7 @@ def _on_its_way(row: asyncpg.Record, slot: int, owner: asyncpg.Record, before: i
     return Explanation(answer, [f"{sentence}.", about], facts)
 
 
-def _of_owner(owner: asyncpg.Record, slot: int, now: datetime) -> tuple[str | None, str]:
+def _of_owner(owner: asyncpg.Record, slot: int, now: datetime) -> tuple[Answer | None, str]:
     if owner["owner"] is None:
         return "no-owner", f"No relay owns its slot, {slot}: start one, or see `outbox-relay status`."
     if owner["name"] is None:
@@ -264,12 +285,10 @@ def _said(reason: str | None) -> str:
     return f"“{printable(reason or '')}”"
 
 
-def _due(row: asyncpg.Record, now: datetime) -> str:
-    if row["due_at"] is None:
-        return "when nothing is before it"
-    if row["due_at"] <= now:
+def _due(row: asyncpg.Record) -> str:
+    if row["due_at"] is None or row["due_at"] <= row["now"]:
         return "as soon as its relay looks"
-    return f"in {span((row['due_at'] - now).total_seconds())}, at {_time(row['due_at'])}"
+    return f"in {span((row['due_at'] - row['now']).total_seconds())}, at {_time(row['due_at'])}"
 
 
 def _at(time: datetime, now: datetime) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -11,6 +13,8 @@ from outbox_relay import explain
 from tests.acceptance.commands import invoke, outbox_relay
 from tests.acceptance.parked import blocked, dead, insert, park, sent
 from tests.conftest import Database
+
+COMMANDS = Path(__file__).parents[2] / "docs" / "commands.md"
 
 OWNED = """
 WITH relay AS (
@@ -67,8 +71,13 @@ async def test_a_row_that_is_refused_and_what_waits_behind_it(outbox_database: D
     )
     await connection.execute("UPDATE outbox_parked SET due_at = now() WHERE id = 1")
     assert "It is tried again as soon as its relay looks.\n" in await said(outbox_database, first)
+    await connection.execute("UPDATE outbox_parked SET state = 'blocked' WHERE id = 1")
+    assert (await said(outbox_database, first)).startswith(
+        "What it waited for is done. It goes on as soon as its relay looks.\n"
+    )
     await connection.execute("UPDATE outbox_parked SET state = 'trying'; UPDATE outbox SET parked_at = NULL")
     assert (await answer(outbox_database, first))["answer"] == "trying"
+    assert (await said(outbox_database, first)).startswith("It waited, and is among those that are sent now. It is the")
     assert "which is being tried again now" in await said(outbox_database, late)
 
 
@@ -141,6 +150,13 @@ async def test_who_should_send_it(outbox_database: Database, monkeypatch: pytest
     assert "wasn't heard of for 3.0 h: is it running?\n" in await said(outbox_database, ids[0])
     await connection.execute("DELETE FROM outbox_relay")
     assert "is gone: start one.\n" in await said(outbox_database, ids[0])
+
+
+def test_every_answer_is_documented() -> None:
+    section = COMMANDS.read_text("utf-8").partition("\n## explain\n")[2].partition("\n## ")[0]
+    documented = re.findall(r"^\| (`[^|]+`) \|", section, re.MULTILINE)
+    answers = [answer for row in documented for answer in re.findall(r"`([a-z-]+)`", row)]
+    assert sorted(answers) == sorted(["answer", *get_args(explain.Answer)])
 
 
 async def test_pause_and_resume(outbox_database: Database) -> None:
