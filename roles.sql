@@ -27,8 +27,8 @@ GRANT UPDATE (pruned_until) ON outbox_layout TO outbox_pruner;
 
 -- An operator can correct a message that was refused, send one again, and let topics wait; each command leaves a row that
 -- its role can't change afterwards.
-GRANT SELECT, INSERT, UPDATE (topic, headers, payload, parked_at) ON outbox TO outbox_operator;
-GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_parked TO outbox_operator;
+GRANT SELECT, INSERT, UPDATE (topic, headers, payload) ON outbox TO outbox_operator;
+GRANT SELECT, UPDATE (topic, state, attempts, due_at, parked_at) ON outbox_parked TO outbox_operator;
 GRANT SELECT, INSERT, DELETE ON outbox_pause TO outbox_operator;
 GRANT SELECT, INSERT ON outbox_audit TO outbox_operator;
 -- For the lock that keeps a command and a relay apart.

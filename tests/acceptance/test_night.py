@@ -35,7 +35,7 @@ async def test_the_guide(outbox_database: Database, kafka: Kafka, tmp_path: Path
     connection = await outbox_database.connect()
     large = b'{"order": 2, "note": "' + b"x" * 5_988 + b'"}'
     given = {"type": "OrderPlaced", "headers": '{"tenant": "north"}'}
-    retries: dict[str, Any] = {"retry_first_seconds": 0.02, "retry_ceiling_seconds": 0.05}
+    retries: dict[str, Any] = {"max_attempts": 3, "retry_first_seconds": 0.02, "retry_ceiling_seconds": 0.05}
     with relay_process(outbox_database.url, kafka.bootstrap_servers, kafka={"batch_bytes": 2_048}, **retries):
         for key, payload in (("ada", b"{}"), ("ada", large), ("ada", b"{}"), ("ada", b"{}"), ("bo", b"{}")):
             await parked.insert(connection, topic, key, payload=payload, **given)

@@ -145,6 +145,10 @@ async def test_an_operator_decides_with_this_role_alone(users: dict[str, str], o
     [
         "UPDATE outbox SET sent_at = now()",
         "UPDATE outbox SET key = 'other'",
+        "UPDATE outbox SET parked_at = NULL",
+        "UPDATE outbox_parked SET bucket = 0",
+        "DELETE FROM outbox_parked",
+        "INSERT INTO outbox_parked (id, bucket, topic, state) VALUES (1, 0, 't', 'discarded')",
         "DELETE FROM outbox",
         "UPDATE outbox_slot SET owner = NULL",
         "UPDATE outbox_slot SET epoch = 0",
