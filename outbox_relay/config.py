@@ -109,6 +109,19 @@ def _topic_or_prefix(name: str) -> str:
     return name
 
 
+def _dead_letter_topic(template: str) -> str:
+    name = template.replace("{topic}", "t")
+    if template == "{topic}" or name.endswith("*") or not _TOPIC_OR_PREFIX.fullmatch(name):
+        raise ValueError('must be the name of a topic, with or without {topic} in it, such as "{topic}.dead"')
+    return template
+
+
+def _copies_fit(relay: RelayConfig, info: ValidationInfo) -> RelayConfig:
+    if relay.dead_letter_topic is not None and info.data.get("table", TableConfig()) != TableConfig():
+        raise ValueError("dead_letter_topic works with a table as schema.sql has it, not with one that [table] maps")
+    return relay
+
+
 def _provider(name: str | None) -> str | None:
     if name is not None:
         load_provider(name)
@@ -350,6 +363,7 @@ class RelayConfig(_Table):
     max_attempts: Annotated[int, Field(ge=1, le=10_000)] = 10
     followers: Followers = "block"
     followers_of: dict[Annotated[str, AfterValidator(_topic_or_prefix)], Followers] = Field(default_factory=dict)
+    dead_letter_topic: Annotated[str, AfterValidator(_dead_letter_topic)] | None = None
     heartbeat_seconds: Seconds = 1.0
     lease_seconds: Annotated[Seconds, _at_least("heartbeat_seconds", times=3)] = 15.0
     shutdown_grace_seconds: Seconds = 20.0
@@ -370,7 +384,7 @@ class Config(_Table):
     database: DatabaseConfig
     kafka: KafkaConfig
     table: TableConfig = Field(default_factory=TableConfig)
-    relay: RelayConfig = Field(default_factory=RelayConfig)
+    relay: Annotated[RelayConfig, AfterValidator(_copies_fit)] = Field(default_factory=RelayConfig)
     log: LogConfig = Field(default_factory=LogConfig)
 
 

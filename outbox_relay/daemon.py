@@ -99,7 +99,7 @@ def policies_of(config: Config) -> Policies:
     relay = config.relay
 
     def policy(followers: str) -> Policy:
-        return Policy(max_attempts=relay.max_attempts, block=followers == "block")
+        return Policy(relay.max_attempts, followers == "block", relay.dead_letter_topic)
 
     return Policies(
         Backoff(relay.retry_first_seconds, relay.retry_ceiling_seconds),

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from outbox_relay.retry import Backoff
 
+#: Kafka's limit.
+MOST_TOPIC_CHARACTERS = 249
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -14,6 +17,13 @@ class Policy:
 
     max_attempts: int = 10
     block: bool = True
+    #: Where a copy of a dead row goes, ``{topic}`` being its own; None: nowhere.
+    dead_letters: str | None = None
+
+    def dead_letter_topic(self, topic: str) -> str | None:
+        """None too where Kafka takes no name so long."""
+        name = "" if self.dead_letters is None else self.dead_letters.replace("{topic}", topic)
+        return name if 0 < len(name) <= MOST_TOPIC_CHARACTERS else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ RESERVED_HEADERS = ("id", "type", "outbox-id", "created_at")
 #: Marks a copy that a replay made; its value is the original's outbox id. An application leaves it to the relay.
 REPLAY_HEADER = "replay-of"
 
+#: Marks the copy of a dead row in a dead-letter topic; its value is the original's outbox id.
+DEAD_LETTER_HEADER = "dead-letter-of"
+
 
 @dataclass(frozen=True, slots=True)
 class Record:

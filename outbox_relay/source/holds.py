@@ -44,6 +44,11 @@ class Holds(Generic[W]):
         """It works again; whether it had been held."""
         return self._holds.pop(what, None) is not None
 
+    def is_active(self, what: W) -> bool:
+        """Whether it is still waiting now."""
+        hold = self._holds.get(what)
+        return hold is not None and hold.until > self._clock()
+
     def failures(self, what: W) -> int:
         """How often in a row it failed."""
         hold = self._holds.get(what)

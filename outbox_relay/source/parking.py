@@ -20,6 +20,7 @@ from outbox_relay.failures import Policies
 from outbox_relay.message import Record, Retry
 from outbox_relay.source.holds import Holds
 from outbox_relay.source.parking_statements import (
+    COPY_DEAD,
     DONE,
     DUE,
     FIRST_PARKED,
@@ -302,6 +303,14 @@ class Parking:
         for row in parked:
             self._lines[row["bucket"] % self._layout_slots].add(_line(row["topic"], row["key"]))
         self._parked += parked
+        copies = {
+            row["id"]: topic
+            for row in parked
+            if row["state"] == "dead"
+            and (topic := self._policies.of(row["topic"]).dead_letter_topic(row["topic"])) is not None
+        }
+        if copies:
+            await self._session.fetch(COPY_DEAD, list(copies), list(copies.values()))
 
     async def _make_next_due(self, lines: Sequence[Any]) -> None:
         if lines:
@@ -315,7 +324,8 @@ class Parking:
         if topic in self._paused:
             self._topics.add(topic)
             return _Wait(row["id"], "topic", "Paused", "resume the topic")
-        if row["id"] in self._trying:
+        # Once refused, one that was tried waits as the others do.
+        if row["id"] in self._trying and not self._holds.is_active(topic):
             return None
         # Where nothing holds followers back, those of a topic that takes rows again still come after the parked ones.
         after_others = topic in self._topics and not self._policies.of(topic).block

@@ -6,6 +6,7 @@ command. Rows of ``outbox`` that a stranger has locked are left for later rather
 
 from __future__ import annotations
 
+from outbox_relay.message import DEAD_LETTER_HEADER
 from outbox_relay.source.statements import OutboxTable, Statements, quoted, topic_of
 
 # What a relay has to know of slots that it hasn't had before.
@@ -148,6 +149,24 @@ ON CONFLICT (id) DO UPDATE SET
     error = coalesce(excluded.error, p.error), reason = coalesce(excluded.reason, p.reason)
 RETURNING p.id, p.bucket, p.topic, p.key, p.state, p.attempts,
           extract(epoch FROM p.due_at - now())::float8 AS due_seconds
+"""
+
+# A message like any other, in the transaction in which its original died. What is a copy already isn't copied.
+COPY_DEAD = f"""
+-- copy dead letters
+INSERT INTO outbox (event_id, topic, key, type, payload, headers)
+SELECT o.event_id, d.topic, o.key, o.type, o.payload,
+       o.headers || jsonb_strip_nulls(jsonb_build_object(
+           '{DEAD_LETTER_HEADER}', o.id::text,
+           'dead-letter-topic', o.topic,
+           'dead-letter-attempts', p.attempts::text,
+           'dead-letter-error', p.error,
+           'dead-letter-reason', p.reason))
+FROM unnest($1::bigint[], $2::text[]) AS d (id, topic)
+JOIN outbox o ON o.id = d.id
+JOIN outbox_parked p ON p.id = d.id
+WHERE NOT o.headers ? '{DEAD_LETTER_HEADER}'
+ORDER BY o.id
 """
 
 _TRY = """

@@ -157,7 +157,7 @@ def toml(config: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_value(inner)}" for key, inner in value.items()) + " }"
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_value(inner)}" for key, inner in value.items()) + " }"
     # Text, numbers, booleans and lists of them look the same in JSON.
     return json.dumps(value)
 
@@ -181,8 +181,10 @@ def in_flight(relay: RelayProcess) -> set[int]:
     return set(relay.ids("claim.made")) - set(relay.ids("claim.settled"))
 
 
-async def new_topic(kafka: Kafka, partitions: int = 6, config: Mapping[str, str] | None = None) -> str:
-    name = f"orders-{uuid4().hex}"
+async def new_topic(
+    kafka: Kafka, partitions: int = 6, config: Mapping[str, str] | None = None, *, name: str | None = None
+) -> str:
+    name = name or f"orders-{uuid4().hex}"
     await kafka.create_topic(name, partitions, config)
     return name
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import time
 from collections.abc import AsyncIterator, Callable
 
 import asyncpg
@@ -185,7 +187,7 @@ async def test_a_topic_that_takes_nothing_is_parked_tried_with_one_row_and_goes_
     world: PostgresWorld, connection: asyncpg.Connection
 ) -> None:
     await world.insert(*(record(id_, f"k{id_ % 5}") for id_ in range(1, 51)), record(100, "k1", topic="other"))
-    source = await world.source(batch_rows=20, policies=Policies(Backoff(0.2, 0.2)))
+    source = await world.source(batch_rows=20, policies=Policies(Backoff(0.5, 0.5)))
     tried: list[int] = []
 
     def wrong(each: Record) -> Retry | None:
@@ -202,14 +204,16 @@ async def test_a_topic_that_takes_nothing_is_parked_tried_with_one_row_and_goes_
     # Whoever comes later waits too, behind the others.
     await world.insert(record(51, "k1"), record(101, "k1", topic="other"))
     tried.clear()
+    began = time.monotonic()
 
     async def probed() -> bool:
         delivered.extend(await step(source, wrong))
         assert await broken_rules(connection) == {}
-        return len(tried) >= 3
+        return len(tried) >= 4
 
-    await eventually(probed, "the topic is tried three times")
-    assert len(tried) == 3, "one row at a time"
+    await eventually(probed, "the topic is tried four times")
+    assert len(tried) == 4, "one row at a time"
+    assert len(tried) <= 1 + (time.monotonic() - began) / 0.5, "and a pause between"
     sent = await until(source, connection, {})
     for key in range(5):
         of_key = [id_ for id_ in sent if id_ % 5 == key and id_ < 100]
@@ -302,3 +306,34 @@ async def test_whatever_is_refused_each_key_goes_in_order_and_nothing_is_strande
         for key in (b"a", b"b", b"c"):
             ids = [each.id for each in taken if (each.topic, each.key) == (topic, key)]
             assert list(dict.fromkeys(ids)) == sorted(set(ids))
+
+
+async def test_a_dead_row_is_copied_once_with_its_reason_and_its_copy_is_not(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(record(1, "a"), record(2, "b", topic="t" * 248))
+    await connection.execute("ALTER TABLE outbox ALTER COLUMN id RESTART WITH 100")
+    source = await world.source(policies=Policies(QUICK, Policy(max_attempts=2, dead_letters="{topic}.dead")))
+    await until(source, connection, {1: "dead", 2: "dead"}, lambda each: refused(each) if each.id <= 2 else None)
+    (copy,) = await connection.fetch("SELECT * FROM outbox WHERE id > 2")
+    original = await connection.fetchrow("SELECT * FROM outbox WHERE id = 1")
+    assert copy["topic"] == "t.dead"
+    assert [copy[name] for name in ("event_id", "key", "type", "payload")] == [
+        original[name] for name in ("event_id", "key", "type", "payload")
+    ]
+    assert json.loads(copy["headers"]) == {
+        "dead-letter-of": "1",
+        "dead-letter-topic": "t",
+        "dead-letter-attempts": "2",
+        "dead-letter-error": "MessageSizeTooLargeError",
+        "dead-letter-reason": "raise max.message.bytes",
+    }
+
+    async def sent() -> bool:
+        await step(source)
+        return await world.sent() == {copy["id"]}
+
+    await eventually(sent, "the copy is sent")
+    await connection.execute("UPDATE outbox SET sent_at = NULL WHERE id > 2")
+    await until(source, connection, {1: "dead", 2: "dead", copy["id"]: "dead"}, refused)
+    assert await connection.fetchval("SELECT count(*) FROM outbox") == 3

@@ -92,6 +92,17 @@ MISTAKES: dict[str, tuple[str | bytes, list[str]]] = {
             ":6: relay.followers_of.metrics.*: must be 'block' or 'skip'",
         ],
     ),
+    "no-dead-letter-topic": (
+        SMALLEST + '[relay]\ndead_letter_topic = "{topic}"\n',
+        [
+            ":6: relay.dead_letter_topic: must be the name of a topic, with or without {topic} in it, such as"
+            ' "{topic}.dead"'
+        ],
+    ),
+    "dead-letters-of-a-mapped-table": (
+        SMALLEST + '[table]\nname = "events"\n[relay]\ndead_letter_topic = "dead"\n',
+        [":7: relay: dead_letter_topic works with a table as schema.sql has it, not with one that [table] maps"],
+    ),
     "no-list": (
         DATABASE + '[kafka]\nbootstrap_servers = "k:1"\n',
         [":4: kafka.bootstrap_servers: must be a valid list"],
