@@ -41,7 +41,8 @@ def test_every_file_that_the_readme_links_to_exists() -> None:
 def test_the_configuration_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(example("config"))
-    assert config.load(path).kafka.bootstrap_servers == ["localhost:9092"]
+    kafka = config.load(path).kafka
+    assert (kafka.bootstrap_servers, kafka.allowed_topics) == (["localhost:9092"], ["orders"])
 
 
 async def test_the_order_service_and_the_sql_reach_kafka_in_order(
