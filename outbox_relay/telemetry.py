@@ -155,6 +155,24 @@ class Telemetry:
             reason="published, but another session has the rows locked; they will be marked when it lets go",
         )
 
+    def row_unmarkable(self, record_id: int, error: BaseException, why: str) -> None:
+        self._log.error(
+            "row.unmarkable",
+            id=record_id,
+            error=type(error).__name__,
+            reason=f"published, but PostgreSQL doesn't let it be marked as sent ({why}); it isn't published again while"
+            " this relay runs: mend the constraint or trigger",
+        )
+
+    def row_stuck(self, record_id: int, error: BaseException, why: str) -> None:
+        self._log.error(
+            "row.stuck",
+            id=record_id,
+            error=type(error).__name__,
+            reason=f"to be parked or tried again, but PostgreSQL doesn't let it be changed ({why}); it waits where it"
+            " is, as do later rows of its key: mend the row, the constraint or the trigger",
+        )
+
     def claim_dropped(self, rows: int, reason: str) -> None:
         self._log.warning("claim.dropped", rows=rows, reason=reason)
 

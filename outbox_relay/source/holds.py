@@ -28,8 +28,8 @@ class Holds(Generic[W]):
         self._clock = clock
         self._holds: dict[W, _Hold] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._holds)
+    def __len__(self) -> int:
+        return len(self._holds)
 
     def hold(self, what: W) -> tuple[int, float]:
         """Hold it once more: ``(failures in a row, seconds until it is offered again)``."""

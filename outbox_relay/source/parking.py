@@ -18,6 +18,7 @@ import asyncpg
 
 from outbox_relay.failures import Policies
 from outbox_relay.message import Record, Retry
+from outbox_relay.retry import Backoff
 from outbox_relay.source.holds import Holds
 from outbox_relay.source.parking_statements import (
     COPY_DEAD,
@@ -32,12 +33,20 @@ from outbox_relay.source.parking_statements import (
     OF_TOPIC,
     ParkingStatements,
 )
+from outbox_relay.source.row_by_row import RowByRow
 from outbox_relay.source.session import Session
+from outbox_relay.source.sqlstate import why
 from outbox_relay.source.statements import OutboxTable
 from outbox_relay.telemetry import Telemetry
 
 #: ``(slot, epoch)``: what a row was claimed under.
 Ownership: TypeAlias = tuple[int, int]
+
+#: What waits together: a ``(topic, key)``, or a row alone by its id.
+Line: TypeAlias = tuple[str, str] | int
+
+#: A row that PostgreSQL doesn't let be parked, or be put back, is tried again this seldom.
+_STUCK = Backoff(first_seconds=1.0, ceiling_seconds=60.0)
 
 #: So often a topic is tried with all its rows, which are left where they are; then they are parked, and one is tried.
 _TRIES_BEFORE_PARKING = 3
@@ -52,6 +61,7 @@ class _Wait:
     """Why a row is parked."""
 
     id: int
+    line: Line
     state: str
     error: str | None = None
     reason: str | None = None
@@ -76,6 +86,7 @@ class Parking:
     def __init__(
         self,
         session: Session,
+        rows: RowByRow,
         telemetry: Telemetry,
         policies: Policies,
         table: OutboxTable,
@@ -84,6 +95,7 @@ class Parking:
         batch_rows: int,
     ) -> None:
         self._session = session
+        self._rows = rows
         self._telemetry = telemetry
         self._policies = policies
         self._statements = ParkingStatements(table)
@@ -98,6 +110,7 @@ class Parking:
         self._unproven: dict[str, Retry | None] = {}  # topics that took nothing since they refused everything
         self._holds: Holds[str] = Holds(policies.backoff)
         self._paused: Collection[str] = ()
+        self._stuck: Holds[Line] = Holds(_STUCK)  # rows that PostgreSQL doesn't let be changed, and what waits for them
         self._look_at = 0.0
         self._look_seconds = _LOOK_SECONDS
         self._parked: list[asyncpg.Record] = []  # in the transaction that is open
@@ -122,12 +135,26 @@ class Parking:
         self._unproven[topic] = retry
         self._telemetry.refused(retry, *self._holds.hold(topic))
 
+    def row_stuck(self, id_: int, line: Line, error: BaseException) -> None:
+        """PostgreSQL doesn't let the row be changed."""
+        attempts, _ = self._stuck.hold(line)
+        if attempts == 1:
+            self._telemetry.row_stuck(id_, error, why(error))
+
     # -- what a claim leaves out
 
     @property
     def refused_ids(self) -> Collection[int]:
         """Rows that are to be parked and aren't yet: somebody had them locked, or it comes in this transaction."""
         return self._refused.keys()
+
+    def stuck(self) -> list[Line]:
+        """What is left where it is, since PostgreSQL doesn't let it be parked."""
+        return self._stuck.active()
+
+    def waits_as(self, id_: int, topic: str, key: str | None) -> Line:
+        """What waits with a row: all of its ``(topic, key)``, or the row alone."""
+        return (topic, key) if key is not None and self._policies.of(topic).block else id_
 
     def refused_lines(self) -> list[tuple[str, str]]:
         """Their ``(topic, key)``, as far as followers wait for them."""
@@ -184,6 +211,7 @@ class Parking:
             [
                 _Wait(
                     id_,
+                    self._line_of(refused.retry.record),
                     "retry",
                     refused.retry.error,
                     refused.retry.reason,
@@ -207,11 +235,15 @@ class Parking:
         gone = set(self._trying)
         room = self._batch_rows - len(self._trying)
         ids = [] if room <= 0 else await self._due(buckets, room)
+        if stuck := set(self._stuck.active()):
+            ids = [id_ for id_ in ids if id_ not in stuck]
         if ids:
-            tried = {
-                row["id"]: _Tried(row["bucket"] % self._layout_slots, row["attempts"] > 0)
-                for row in await self._session.fetch(self._statements.try_again, ids)
-            }
+            rows, refused = await self._rows.run(
+                ids, lambda some: self._session.fetch(self._statements.try_again, some)
+            )
+            tried = {row["id"]: _Tried(row["bucket"] % self._layout_slots, row["attempts"] > 0) for row in rows}
+            for id_, error in refused.items():
+                self.row_stuck(id_, id_, error)
             self._trying.update(tried)
             gone.update(id_ for id_ in ids if id_ not in tried)
         if gone:
@@ -237,7 +269,7 @@ class Parking:
             for row in asked:
                 before = parked[row["bucket"], row["topic"], row["key"]]
                 if before is not None and before < row["id"]:
-                    waits.append(_Wait(row["id"], "blocked"))
+                    waits.append(_Wait(row["id"], self._line_of_row(row), "blocked"))
         await self._park(waits)
         return {wait.id for wait in waits}
 
@@ -287,19 +319,23 @@ class Parking:
         return ids
 
     async def _park(self, waits: Sequence[_Wait]) -> None:
-        if not waits:
-            return
         backoff = self._policies.backoff
-        parked = await self._session.fetch(
-            self._statements.park,
-            [wait.id for wait in waits],
-            [wait.state for wait in waits],
-            [wait.error for wait in waits],
-            [wait.reason for wait in waits],
-            [wait.max_attempts for wait in waits],
-            backoff.first_seconds,
-            backoff.ceiling_seconds,
+        parked, refused = await self._rows.run(
+            waits,
+            lambda some: self._session.fetch(
+                self._statements.park,
+                [wait.id for wait in some],
+                [wait.state for wait in some],
+                [wait.error for wait in some],
+                [wait.reason for wait in some],
+                [wait.max_attempts for wait in some],
+                backoff.first_seconds,
+                backoff.ceiling_seconds,
+            ),
         )
+        for wait, error in refused.items():
+            self._refused.pop(wait.id, None)
+            self.row_stuck(wait.id, wait.line, error)
         for row in parked:
             self._lines[row["bucket"] % self._layout_slots].add(_line(row["topic"], row["key"]))
         self._parked += parked
@@ -323,7 +359,7 @@ class Parking:
             return None
         if topic in self._paused:
             self._topics.add(topic)
-            return _Wait(row["id"], "topic", "Paused", "resume the topic")
+            return _Wait(row["id"], self._line_of_row(row), "topic", "Paused", "resume the topic")
         # Once refused, one that was tried waits as the others do.
         if row["id"] in self._trying and not self._holds.is_active(topic):
             return None
@@ -333,7 +369,14 @@ class Parking:
             return None
         self._topics.add(topic)
         retry = self._unproven.get(topic)
-        return _Wait(row["id"], "topic") if retry is None else _Wait(row["id"], "topic", retry.error, retry.reason)
+        error, reason = (None, None) if retry is None else (retry.error, retry.reason)
+        return _Wait(row["id"], self._line_of_row(row), "topic", error, reason)
+
+    def _line_of_row(self, row: asyncpg.Record) -> Line:
+        return self.waits_as(row["id"], row["topic"], row["key"])
+
+    def _line_of(self, record: Record) -> Line:
+        return self.waits_as(record.id, record.topic, None if record.key is None else record.key.decode())
 
     def _is_parked(self, topic: str) -> bool:
         tried_enough = self._holds.failures(topic) > _TRIES_BEFORE_PARKING

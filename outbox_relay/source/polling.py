@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import asyncpg
 
@@ -30,9 +30,11 @@ from outbox_relay.message import RESERVED_HEADERS, Delivered, Header, Outcome, R
 from outbox_relay.relay import Claim
 from outbox_relay.retry import Backoff
 from outbox_relay.source.holds import Holds
-from outbox_relay.source.parking import Ownership, Parking
+from outbox_relay.source.parking import Line, Ownership, Parking
+from outbox_relay.source.row_by_row import RowByRow
 from outbox_relay.source.session import Session
 from outbox_relay.source.slots import Slots
+from outbox_relay.source.sqlstate import why
 from outbox_relay.source.statements import OUTBOX, OWN, RELEASE, OutboxTable, Statements
 from outbox_relay.telemetry import Telemetry
 
@@ -43,11 +45,13 @@ _LOCKED = Backoff(first_seconds=0.05, ceiling_seconds=1.0)
 _LAST_SETTLE_SECONDS = 5.0
 
 #: A topic that refused so many rows of one claim, and took none, waits as a whole: finding the next ones would hold up
-#: other topics.
+#: other topics. So does everything when so many can't be read, and none can.
 _MANY_REFUSED = 20
 
-#: What waits together: a ``(topic, key)``, or a row without a key by its id.
-Line: TypeAlias = tuple[str, str] | int
+#: A row that PostgreSQL doesn't let be marked is tried again this seldom.
+_UNMARKABLE = Backoff(first_seconds=1.0, ceiling_seconds=60.0)
+#: With so many of them nothing more is claimed: when this relay ends they are published once more.
+_MOST_UNMARKABLE = 100
 
 
 class PollingSource:
@@ -74,12 +78,18 @@ class PollingSource:
         self._layout_slots = layout_slots
         self._batch_rows = batch_rows
         self._statements = Statements(table)
-        self._claim: str | None = None
+        self._payload_type: str | None = None
         self._claimed: dict[int, Ownership] = {}  # by id, the claim that is out
         self._published: dict[int, Ownership] = {}  # by id, acknowledged by Kafka and not marked yet
         self._postponed: set[int] = set()  # of the published, those that a stranger had locked when last looked at
         self._locked: Holds[Line] = Holds(_LOCKED)
-        self._parking = Parking(session, telemetry, policies, table, layout_slots=layout_slots, batch_rows=batch_rows)
+        self._unmarkable: Holds[int] = Holds(
+            _UNMARKABLE
+        )  # of the published, those that PostgreSQL doesn't let be marked
+        self._rows = RowByRow(session)
+        self._parking = Parking(
+            session, self._rows, telemetry, policies, table, layout_slots=layout_slots, batch_rows=batch_rows
+        )
 
     # -- the three verbs
 
@@ -93,6 +103,9 @@ class PollingSource:
         self._drop_published_outside(epochs)
         if not epochs:
             return Claim((), lambda: False, is_idle=True)
+        return await self._rows.transact(lambda: self._claim_of(epochs))
+
+    async def _claim_of(self, epochs: dict[int, int]) -> Claim:
         async with self._session.transaction():
             epochs = await self._own(epochs)
             settled = await self._settle(epochs)
@@ -122,21 +135,27 @@ class PollingSource:
     async def release(self) -> None:
         self._slots.set_ready(self._lane, False)
         patience_ends = time.monotonic() + _LAST_SETTLE_SECONDS
-        while epochs := self._slots.of_lane(self._lane):
+        while self._slots.of_lane(self._lane):
+            patient = time.monotonic() < patience_ends
             try:
-                async with self._session.transaction():
-                    epochs = await self._own(epochs)
-                    settled = await self._settle(epochs)
-                    waiting = self._unsettled_slots(settled) if time.monotonic() < patience_ends else set()
-                    leaving = epochs.keys() - waiting
-                    await self._release(leaving)
+                waiting = await self._rows.transact(lambda: self._release_settled(patient=patient))  # noqa: B023
             except SourceUnavailableError as error:
                 self._telemetry.database_unavailable(error, self)
                 return
-            self._committed(settled, leaving)
             if waiting:
                 await asyncio.sleep(_LOCKED.ceiling_seconds / 4)
         self._drop_published_outside({})
+
+    async def _release_settled(self, *, patient: bool) -> Collection[int]:
+        """Let go of the slots, but if ``patient`` not of those with rows that may yet be marked; these."""
+        async with self._session.transaction():
+            epochs = await self._own(self._slots.of_lane(self._lane))
+            settled = await self._settle(epochs)
+            waiting = self._unsettled_slots(settled | set(self._unmarkable.active())) if patient else set()
+            leaving = epochs.keys() - waiting
+            await self._release(leaving)
+        self._committed(settled, leaving)
+        return waiting
 
     @property
     def in_flight(self) -> int:
@@ -167,12 +186,16 @@ class PollingSource:
         return settled
 
     async def _mark(self, epochs: dict[int, int]) -> set[int]:
-        ids = [id_ for id_, (slot, epoch) in self._published.items() if epochs.get(slot) == epoch]
-        if not ids:
-            return set()
-        settled = {row["id"] for row in await self._session.fetch(self._statements.settle, ids)}
+        held = set(self._unmarkable.active())
+        ids = [id_ for id_, (slot, epoch) in self._published.items() if epochs.get(slot) == epoch and id_ not in held]
+        marked, refused = await self._rows.run(ids, lambda some: self._session.fetch(self._statements.settle, some))
+        settled = {row["id"] for row in marked}
+        for id_, error in refused.items():
+            attempts, _ = self._unmarkable.hold(id_)
+            if attempts == 1:
+                self._telemetry.row_unmarkable(id_, error, why(error))
         missed = [id_ for id_ in ids if id_ not in settled]
-        if missed:
+        if missed and not self._rows.careful:
             locked = {row["id"] for row in await self._session.fetch(self._statements.unsettled, missed)}
             # Neither marked by us nor unsent: somebody deleted the row or marked it.
             settled.update(id_ for id_ in missed if id_ not in locked)
@@ -194,16 +217,14 @@ class PollingSource:
         ``settled`` are known to be marked, in this very transaction or before.
         """
         buckets = self._buckets(epochs)
-        if not buckets:
+        if not buckets or len(self._unmarkable) >= _MOST_UNMARKABLE:
             return []
-        if self._claim is None:
-            ((kind,),) = await self._session.fetch(self._statements.payload_type)
-            self._claim = self._statements.claim[kind]
-        locked = self._locked.active()
-        lines = [*(line for line in locked if isinstance(line, tuple)), *self._parking.refused_lines()]
-        rows = (line for line in locked if isinstance(line, int))
-        return await self._session.fetch(
-            self._claim,
+        if self._payload_type is None:
+            ((self._payload_type,),) = await self._session.fetch(self._statements.payload_type)
+        held = [*self._locked.active(), *self._parking.stuck()]
+        lines = [*(line for line in held if isinstance(line, tuple)), *self._parking.refused_lines()]
+        rows = (line for line in held if isinstance(line, int))
+        arguments = (
             buckets,
             max(1, self._batch_rows // len(buckets)),
             self._batch_rows,
@@ -212,6 +233,36 @@ class PollingSource:
             [topic for topic, _ in lines],
             [key for _, key in lines],
         )
+        if self._rows.careful:
+            candidates = await self._session.fetch(self._statements.candidates, *arguments)
+            return await self._read_each([row["id"] for row in candidates], epochs)
+        return await self._session.fetch(self._statements.claim[self._payload_type], *arguments)
+
+    async def _read_each(self, ids: Sequence[int], epochs: Mapping[int, int]) -> list[asyncpg.Record]:
+        """The candidates that can be read. Others are to be parked, and what waits for them is left out."""
+        assert self._payload_type is not None
+        read, identify = self._statements.read[self._payload_type], self._statements.identify
+        rows, refused = await self._rows.run(ids, lambda some: self._session.fetch(read, some))
+        if len(refused) >= _MANY_REFUSED and not rows:
+            # Not the rows' fault: a cast or a mapping that suits none of them.
+            error = next(iter(refused.values()))
+            raise SourceUnavailableError(f"read: none of the rows can be read ({why(error)})") from error
+        known, unknown = await self._rows.run(list(refused), lambda some: self._session.fetch(identify, some))
+        for id_, error in unknown.items():
+            self._parking.row_stuck(id_, id_, error)
+        behind: dict[Line, int] = {}
+        for row in known:
+            error = refused[row["id"]]
+            self._unreadable(row, epochs, error, why(error))
+            behind.setdefault(self._parking.waits_as(row["id"], row["topic"], row["key"]), row["id"])
+        return [row for row in rows if row["id"] < behind.get((row["topic"], row["key"]), row["id"] + 1)]
+
+    def _unreadable(self, row: asyncpg.Record, epochs: Mapping[int, int], error: BaseException, because: str) -> None:
+        slot = row["bucket"] % self._layout_slots
+        key = None if row["key"] is None else row["key"].encode()
+        record = Record(row["id"], row["event_id"], row["topic"], key, None, ())
+        reason = f"it can't be read from the table ({because}): correct the row"
+        self._parking.row_refused(Retry(record, Scope.ROW, type(error).__name__, reason), (slot, epochs[slot]))
 
     def _buckets(self, epochs: Mapping[int, int]) -> list[int]:
         return [bucket for bucket in range(self._layout_buckets) if bucket % self._layout_slots in epochs]
@@ -221,6 +272,8 @@ class PollingSource:
     def _committed(self, settled: set[int], leaving: Collection[int]) -> None:
         for id_ in settled:
             self._published.pop(id_, None)
+            if self._unmarkable:
+                self._unmarkable.clear(id_)
         self._parking.committed(settled)
         if settled:
             self._telemetry.settled(sorted(settled))
@@ -242,7 +295,14 @@ class PollingSource:
                 if attempts == 1:
                     self._telemetry.key_locked(row["id"], row["topic"])
                 continue
-            records.append(_record(row))
+            try:
+                record = _record(row)
+            except (ValueError, RecursionError) as error:
+                # Headers of an adopted table may be any text.
+                self._unreadable(row, epochs, error, "its headers are no JSON of Unicode text")
+                cut.add(self._parking.waits_as(row["id"], row["topic"], row["key"]))
+                continue
+            records.append(record)
             slot = row["bucket"] % self._layout_slots
             self._claimed[row["id"]] = (slot, epochs[slot])
         return records

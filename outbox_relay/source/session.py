@@ -18,6 +18,7 @@ import asyncpg
 
 from outbox_relay.errors import SourceRefusedError, SourceUnavailableError
 from outbox_relay.source import handshake
+from outbox_relay.source.sqlstate import Fault, fault_of
 from outbox_relay.source.statements import quoted
 from outbox_relay.tls import Tls, tls_problem
 
@@ -36,17 +37,21 @@ FAILURES = (
 )
 
 
+class RowRefusedError(SourceUnavailableError):
+    """PostgreSQL refused what was tried within a savepoint, for what may be a row's fault; all but that stands."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(what_it_says(error))
+        self.error = error
+
+
 class RefusalError(ConnectionError):
     """A certificate, or a file that a connection needs, keeps it from being made."""
 
 
-#: What isn't over by itself: somebody has to mend it.
-_REFUSALS = (
-    RefusalError,
-    asyncpg.InvalidAuthorizationSpecificationError,
-    asyncpg.InvalidCatalogNameError,
-    asyncpg.InsufficientPrivilegeError,
-)
+def _is_refusal(error: BaseException) -> bool:
+    """Whether it isn't over by itself: somebody has to mend it."""
+    return isinstance(error, RefusalError) or fault_of(error) is Fault.CONFIGURATION
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,7 @@ class Database:
         if len(failures) == 1:
             raise failures[0]
         reasons = "; ".join(f"{_host(url)}: {what_it_says(error)}" for url, error in zip(urls, failures, strict=True))
-        if any(isinstance(error, _REFUSALS) for error in failures):
+        if any(_is_refusal(error) for error in failures):
             raise RefusalError(reasons) from failures[0]
         if all(isinstance(error, asyncpg.TargetServerAttributeNotMatched) for error in failures):
             raise asyncpg.TargetServerAttributeNotMatched(reasons) from failures[0]
@@ -171,6 +176,7 @@ class Session:
         self._application_name = application_name
         self._connection: asyncpg.Connection | None = None
         self._warnings: list[str] = []
+        self._in_savepoint = False
 
     @property
     def connected(self) -> bool:
@@ -217,6 +223,25 @@ class Session:
             self.drop()
             raise SourceUnavailableError(f"commit is in doubt: {self._warnings[0]}")
 
+    @contextlib.asynccontextmanager
+    async def savepoint(self) -> AsyncIterator[None]:
+        """Within a transaction: what may be a row's fault undoes the block alone, RowRefusedError."""
+        connection = await self.connection()
+        with self.unavailable("savepoint"):
+            await connection.execute("SAVEPOINT part")
+        self._in_savepoint = True
+        try:
+            yield
+        except RowRefusedError:
+            self._in_savepoint = False
+            with self.unavailable("roll back to savepoint"):
+                await connection.execute("ROLLBACK TO SAVEPOINT part")
+            raise
+        finally:
+            self._in_savepoint = False
+        with self.unavailable("release savepoint"):
+            await connection.execute("RELEASE SAVEPOINT part")
+
     def drop(self) -> None:
         """Close the socket at once; the server rolls back what was open."""
         if self._connection is not None:
@@ -242,9 +267,11 @@ class Session:
         try:
             yield
         except FAILURES as error:
+            if self._in_savepoint and fault_of(error) is Fault.ROW:
+                raise RowRefusedError(error) from error
             self.drop()
             detail = what_it_says(error) or f"no answer within {self._database.statement_timeout_seconds} s"
-            kind = SourceRefusedError if isinstance(error, _REFUSALS) else SourceUnavailableError
+            kind = SourceRefusedError if _is_refusal(error) else SourceUnavailableError
             raise kind(f"{doing}: {detail}") from error
         except asyncio.CancelledError:
             # A statement cancelled half-way may leave its backend holding locks.

@@ -61,10 +61,13 @@ class Statements:
         self.payload_type = _PAYLOAD_TYPE.format(outbox=literal(names["outbox"]), payload=literal(table.payload))
         payload = f"o.{quoted(table.payload)}"
         # A payload goes through as PostgreSQL prints it, and is never decoded by the relay.
-        self.claim = {
-            type_: _CLAIM.format(first=first, next=next_, payload=printed, **names)
-            for type_, printed in (("bytea", payload), ("other", f"convert_to({payload}::text, 'UTF8')"))
-        }
+        printed = {"bytea": payload, "other": f"convert_to({payload}::text, 'UTF8')"}
+        locked = {type_: _LOCKED.format(payload=payload, **names) for type_, payload in printed.items()}
+        candidates = _CANDIDATES.format(first=first, next=next_)
+        self.claim = {type_: _CLAIM.format(candidates=candidates, locked=locked[type_]) for type_ in printed}
+        self.candidates = _CANDIDATE_IDS.format(candidates=candidates)
+        self.read = {type_: _READ.format(locked=locked[type_], **names) for type_ in printed}
+        self.identify = _IDENTIFY.format(**names)
 
 
 def quoted(name: str) -> str:
@@ -174,9 +177,7 @@ _UNSENT = """
 # of the batch, so that none waits for another's backlog, and the room that is left goes to those that have more, the
 # one with the oldest rows first. So hardly more is read than is taken, however the backlog is spread. Locked in order
 # of id, since neighbours by id are neighbours on disk.
-# A candidate without a row beside it couldn't be locked, or was changed meanwhile: there its key is cut.
-_CLAIM = """
--- claim
+_CANDIDATES = """
 WITH share AS MATERIALIZED (
     SELECT c.id, c.bucket, c.topic, c.key
     FROM unnest($1::smallint[]) AS owned (bucket)
@@ -189,16 +190,19 @@ WITH share AS MATERIALIZED (
     CROSS JOIN LATERAL ({next}
     ) AS c
     LIMIT greatest(0, $3 - (SELECT count(*) FROM share))
-)
-SELECT c.id, c.bucket, c.topic, c.key,
-       locked.event_id, locked.type, locked.payload, locked.headers, locked.created_at
-FROM (
+), candidates AS (
     SELECT s.id, s.bucket, s.topic, s.key FROM share s
     UNION ALL
     SELECT r.id, r.bucket, r.topic, r.key FROM room r
     ORDER BY id
     LIMIT $3
-) AS c
+)"""
+
+# A candidate without a row beside it couldn't be locked, or was changed meanwhile: there its key is cut.
+_LOCKED = """
+SELECT c.id, c.bucket, c.topic, c.key,
+       locked.event_id, locked.type, locked.payload, locked.headers, locked.created_at
+FROM candidates AS c
 LEFT JOIN LATERAL (
     SELECT o.{event_id}::text AS event_id, {type} AS type, {payload} AS payload, {headers} AS headers,
            {created_at} AS created_at
@@ -208,6 +212,29 @@ LEFT JOIN LATERAL (
     FOR UPDATE SKIP LOCKED
 ) AS locked ON true
 ORDER BY c.id
+"""
+
+_CLAIM = """
+-- claim{candidates}{locked}"""
+
+# A claim in parts, where one of its rows can't be read: which rows it would have, then some of them at a time.
+_CANDIDATE_IDS = """
+-- candidates{candidates}
+SELECT c.id FROM candidates c ORDER BY c.id
+"""
+
+_READ = """
+-- read
+WITH candidates AS (
+    SELECT o.{id} AS id, o.{bucket} AS bucket, {topic} AS topic, {key} AS key
+    FROM {outbox} o WHERE o.{id} = ANY ($1::bigint[]) AND num_nulls(o.{sent_at}) = 1
+){locked}"""
+
+# Of a row that can't be read, what is needed to park it.
+_IDENTIFY = """
+-- identify
+SELECT o.{id} AS id, o.{bucket} AS bucket, {topic} AS topic, {key} AS key, o.{event_id}::text AS event_id
+FROM {outbox} o WHERE o.{id} = ANY ($1::bigint[])
 """
 
 _PAYLOAD_TYPE = """
