@@ -137,8 +137,8 @@ async def test_outages_in_the_middle_of_a_drain_cost_no_attempt_no_step_by_hand_
         "max_attempts": 1,
     }
     with (
-        relay_process(url, server.bootstrap_servers, batch_rows=100, **settings) as one,
-        relay_process(url, server.bootstrap_servers, batch_rows=100, **settings) as other,
+        relay_process(url, server.bootstrap_servers, **settings) as one,
+        relay_process(url, server.bootstrap_servers, **settings) as other,
     ):
         relays = (one, other)
         async with watched(url) as seen, Writers(application).busy():
