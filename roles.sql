@@ -1,12 +1,20 @@
 -- Roles with the least that they need: one for applications that write messages, one for the relay, one more for a
 -- relay that deletes old messages, and one for those who decide what becomes of messages that Kafka refuses.
--- Apply after schema.sql, as the owner of its tables, with its schema first on the search_path. Then grant them to the
--- users that log in: GRANT outbox_writer TO orders_service; GRANT outbox_relay TO relay;
+-- Apply after schema.sql, as the owner of its tables, with its schema first on the search_path. For a schema and a table
+-- that a configuration names: outbox-relay schema print --roles --config FILE. Then grant them to the users that log in:
+--
+--     GRANT outbox_writer TO orders_service;
+--     GRANT outbox_relay TO relay;
+--     GRANT outbox_pruner TO relay;          -- only where relay.retention_hours is set
+--     GRANT outbox_operator TO somebody;
 
-CREATE ROLE outbox_writer NOLOGIN;
-CREATE ROLE outbox_relay NOLOGIN;
-CREATE ROLE outbox_pruner NOLOGIN;
-CREATE ROLE outbox_operator NOLOGIN;
+-- Roles belong to the whole server: another database of it may have them already.
+DO $$ BEGIN
+    IF to_regrole('outbox_writer') IS NULL THEN CREATE ROLE outbox_writer NOLOGIN; END IF;
+    IF to_regrole('outbox_relay') IS NULL THEN CREATE ROLE outbox_relay NOLOGIN; END IF;
+    IF to_regrole('outbox_pruner') IS NULL THEN CREATE ROLE outbox_pruner NOLOGIN; END IF;
+    IF to_regrole('outbox_operator') IS NULL THEN CREATE ROLE outbox_operator NOLOGIN; END IF;
+END $$;
 
 -- A writer can't read the messages of others, nor choose the id, which makes the order, nor mark anything as sent.
 GRANT INSERT (event_id, topic, key, type, payload, headers) ON outbox TO outbox_writer;
@@ -21,7 +29,7 @@ GRANT SELECT, UPDATE (owner, epoch, taken_at) ON outbox_slot TO outbox_relay;
 GRANT SELECT ON outbox_layout TO outbox_relay;
 
 -- Only where relay.retention_hours is set does the relay delete what was sent or discarded, and says until when it did.
--- Then grant its user this role too: GRANT outbox_pruner TO relay;
+-- Then its user needs this role too.
 GRANT DELETE ON outbox TO outbox_pruner;
 GRANT UPDATE (pruned_until) ON outbox_layout TO outbox_pruner;
 

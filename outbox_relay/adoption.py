@@ -10,7 +10,7 @@ _ADOPT = """\
 -- Makes {outbox} an outbox of outbox-relay. Read it, then run it as the table's owner, for example with psql -f.
 -- It takes the table for as long as it takes to write it anew: writers wait.
 BEGIN;
-LOCK TABLE {outbox} IN ACCESS EXCLUSIVE MODE;
+{search_path}LOCK TABLE {outbox} IN ACCESS EXCLUSIVE MODE;
 
 -- The order of messages is the order of this column. Given by an identity alone it would be, for rows that are there
 -- already, their order on disk.
@@ -53,12 +53,14 @@ DO $$ BEGIN
 END $$;"""
 
 
-def adoption_sql(table: OutboxTable, order_by: str | None) -> str:
-    """``order_by`` is the column that has the order of the rows that are there; None: there may be none."""
+def adoption_sql(table: OutboxTable, order_by: str | None, schema_name: str = "") -> str:
+    """``order_by`` is the column that has the order of the rows that are there; None: there may be none. Without
+    ``schema_name`` the ``search_path`` finds the table."""
     names = {name: quoted(getattr(table, name)) for name in ("id", "event_id", "key", "sent_at", "parked_at", "bucket")}
     names["outbox"] = quoted(table.name)
     number = _EMPTY if order_by is None else _NUMBERED.replace("{order_by}", quoted(order_by))
     return _ADOPT.format(
+        search_path=f"SET LOCAL search_path = {quoted(schema_name)};\n" if schema_name else "",
         number=number.format(**names),
         outbox_text="'" + names["outbox"].replace("'", "''") + "'",
         id_text="'" + table.id.replace("'", "''") + "'",

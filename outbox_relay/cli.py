@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NoReturn
 
 import asyncpg
 import click
 
-from outbox_relay import __version__, addresses, config, daemon, logs, schema, status
+from outbox_relay import __version__, config, daemon, logs, roles, schema, status
 from outbox_relay.adoption import adoption_sql
 from outbox_relay.checks import findings
 from outbox_relay.cli_dead import dead_group
 from outbox_relay.cli_failures import failing_clearly
+from outbox_relay.cli_operators import outbox_of, outbox_options
 from outbox_relay.cli_outbox import explain_row, pause_topic, replay_rows, resume_topic
-from outbox_relay.errors import ConfigError, OutboxRelayError, SourceUnavailableError
-from outbox_relay.source.session import what_it_says
+from outbox_relay.errors import OutboxRelayError, SourceUnavailableError
+from outbox_relay.source.session import Database, what_it_says
 
 #: The demo found damage, or was interrupted, as shells count it.
 EXIT_DAMAGED = 1
@@ -132,26 +134,35 @@ def schema_group() -> None:
 
 
 @schema_group.command("print")
-@click.option("--roles", is_flag=True, help="Instead, the roles that the relay and the applications need.")
-def schema_print(roles: bool) -> None:
+@click.option(
+    "--roles", "with_roles", is_flag=True, help="Instead, the roles that relays, applications and people need."
+)
+@click.option(
+    "--config", "path", type=click.Path(path_type=Path), help="With --roles: for the table that [table] names."
+)
+def schema_print(with_roles: bool, path: Path | None) -> None:
     """Print the SQL."""
-    click.echo(schema.read_roles_sql() if roles else schema.read_sql(), nl=False)
+    if path is None:
+        click.echo(roles.read_sql() if with_roles else schema.read_sql(), nl=False)
+        return
+    if not with_roles:
+        raise click.UsageError("--config goes with --roles; for a table of your own see `outbox-relay schema adopt`")
+    with failing_clearly():
+        settings = config.load(path)
+    click.echo(roles.roles_sql(daemon.table_of(settings), settings.table.schema_), nl=False)
 
 
 @schema_group.command("apply")
-@click.option("--config", "path", type=click.Path(path_type=Path), help="The TOML file with database.url.")
-@click.option("--database-url", envvar="DATABASE_URL", help="Instead of --config.  [env: DATABASE_URL]")
-def schema_apply(path: Path | None, database_url: str | None) -> None:
-    """Create the tables, or upgrade them to this release."""
+@outbox_options
+@click.option("--roles", "with_roles", is_flag=True, help="Also the roles that relays, applications and people need.")
+def schema_apply(path: Path | None, database_url: str | None, with_roles: bool) -> None:
+    """Create the tables, or upgrade them to this release; as their owner."""
     with failing_clearly():
-        if path is not None:
-            connect = daemon.database_of(config.load(path)).connect_to_schema("outbox-relay schema")
-        elif database_url is not None:
-            connect = asyncpg.connect(addresses.checked_url(database_url), timeout=10)
-        else:
-            raise ConfigError(["which database is meant? Give --config or --database-url, or set DATABASE_URL"])
-        applied = asyncio.run(_apply(connect))
-    click.echo(applied)
+        database, table = outbox_of(path, database_url)
+        click.echo(asyncio.run(_apply(database)))
+        if with_roles:
+            asyncio.run(_apply_roles(database, roles.roles_sql(table, database.schema)))
+            click.echo(f"the roles {', '.join(roles.ROLES)} have their rights; GRANT them to users that log in")
 
 
 @schema_group.command("adopt")
@@ -160,8 +171,8 @@ def schema_apply(path: Path | None, database_url: str | None) -> None:
 def schema_adopt(path: Path, order_by: str | None) -> None:
     """Print the SQL that makes an existing table, as [table] names it, an outbox; nothing is changed."""
     with failing_clearly():
-        table = daemon.table_of(config.load(path))
-    click.echo(adoption_sql(table, order_by), nl=False)
+        settings = config.load(path)
+    click.echo(adoption_sql(daemon.table_of(settings), order_by, settings.table.schema_), nl=False)
 
 
 def _exit(code: int) -> NoReturn:
@@ -173,14 +184,25 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-async def _apply(connect: Awaitable[asyncpg.Connection]) -> schema.Applied:
+async def _apply(database: Database) -> schema.Applied:
+    async with _connected(database) as connection:
+        return await schema.apply(connection)
+
+
+async def _apply_roles(database: Database, sql: str) -> None:
+    async with _connected(database) as connection:
+        await roles.apply(connection, sql)
+
+
+@contextlib.asynccontextmanager
+async def _connected(database: Database) -> AsyncIterator[asyncpg.Connection]:
     try:
-        connection = await connect
+        connection = await database.connect_to_schema("outbox-relay schema")
     except (OSError, TimeoutError, UnicodeError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise SourceUnavailableError(
             f"connect to the database: {what_it_says(error) or 'no answer in time'}"
         ) from error
     try:
-        return await schema.apply(connection)
+        yield connection
     finally:
         await connection.close(timeout=10)

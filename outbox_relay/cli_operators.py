@@ -31,7 +31,10 @@ Work: TypeAlias = Callable[[Session, OutboxTable], Awaitable[T]]
 def outbox_options(command: C) -> C:
     """``--config`` and ``--database-url``, as the arguments ``path`` and ``database_url``."""
     url = click.option(
-        "--database-url", envvar="DATABASE_URL", help="The database, for a user of its own.  [env: DATABASE_URL]"
+        "--database-url",
+        envvar="DATABASE_URL",
+        help="The database, as a user of its own; with --config, instead of the url in the file. The environment's"
+        " DATABASE_URL counts only without --config.",
     )
     path = click.option("--config", "path", type=click.Path(path_type=Path), help="The TOML file of the relay.")
     return path(url(command))

@@ -89,11 +89,6 @@ def read_sql_of_the_relay() -> str:
     return begin + relay
 
 
-def read_roles_sql() -> str:
-    """The SQL of the roles with the least privileges, with its comments."""
-    return resources.files("outbox_relay").joinpath("roles.sql").read_text("utf-8")
-
-
 async def apply(connection: asyncpg.Connection, *, upgrades: Mapping[int, str] = UPGRADES) -> Applied:
     """Create the schema, or upgrade it step by step to the newest version in ``upgrades``; all of it or nothing.
 

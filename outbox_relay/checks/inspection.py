@@ -6,7 +6,6 @@ the others their turn.
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TypeAlias
@@ -14,13 +13,20 @@ from typing import TypeAlias
 import asyncpg
 
 from outbox_relay.checks.findings import Finding, Kind, finding
-from outbox_relay.schema import Layout, read_roles_sql
+from outbox_relay.roles import granted
+from outbox_relay.schema import Layout
 from outbox_relay.source.session import what_it_says
-from outbox_relay.source.statements import OUTBOX, OutboxTable, quoted, topic_columns
+from outbox_relay.source.statements import OutboxTable, quoted, topic_columns
 
 LAYOUT = "outbox_layout"
 
 _LOCK_TIMEOUT_MS = 1000
+
+#: What SQL calls a relation: with its schema, unless anybody's psql finds it without.
+NAME_OF = """(
+    SELECT CASE nspname WHEN 'public' THEN quote_ident(relname) ELSE format('%I.%I', nspname, relname) END
+    FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = {oid}
+)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +97,6 @@ Check: TypeAlias = Callable[[Inspection], AsyncIterator[Finding]]
 def said(error: BaseException, timeout_seconds: float) -> str:
     """In one line."""
     return " ".join(what_it_says(error).split()) or f"no answer within {timeout_seconds:g} s"
-
-
-def granted(table: OutboxTable, *roles: str) -> dict[str, dict[str, list[str]]]:
-    """What ``roles.sql`` gives these roles: by table and privilege the columns; none: the whole table."""
-    found: dict[str, dict[str, list[str]]] = {}
-    grants = rf"^GRANT (.+) ON (.+) TO (?:{'|'.join(roles)});$"
-    for privileges, tables in re.findall(grants, read_roles_sql(), re.MULTILINE):
-        for name in tables.split(", "):
-            is_outbox = name == OUTBOX.name
-            of = found.setdefault(table.name if is_outbox else name, {})
-            for privilege, columns in re.findall(r"([A-Z]+)(?: \((.+?)\))?", privileges):
-                of[privilege] = [
-                    getattr(table, column) if is_outbox else column for column in columns.split(", ") if column
-                ]
-    return found
 
 
 def relations(table: OutboxTable) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from outbox_relay.checks.findings import Finding, Kind, finding
-from outbox_relay.checks.inspection import Check, Inspection, granted, mapped
+from outbox_relay.checks.inspection import Check, Inspection, mapped
+from outbox_relay.roles import granted
 
 
 async def privileges_missing(inspection: Inspection) -> AsyncIterator[Finding]:

@@ -6,13 +6,16 @@ from collections.abc import AsyncIterator, Sequence
 
 from outbox_relay import schema
 from outbox_relay.checks.findings import Finding, Kind, finding
-from outbox_relay.checks.inspection import LAYOUT, Check, Inspection, mapped, relations
+from outbox_relay.checks.inspection import LAYOUT, NAME_OF, Check, Inspection, mapped, relations
 from outbox_relay.errors import SchemaError
 
 
 async def the_tables(inspection: Inspection) -> AsyncIterator[Finding]:
     rows = await inspection.connection.fetch(
-        "SELECT n, quote_ident(n) AS quoted, to_regclass(quote_ident(n))::text AS found FROM unnest($1::text[]) AS n",
+        f"""
+        SELECT n, quote_ident(n) AS quoted, {NAME_OF.format(oid="to_regclass(quote_ident(n))")} AS found
+        FROM unnest($1::text[]) AS n
+        """,
         relations(inspection.table),
     )
     inspection.names = {row["n"]: row["found"] for row in rows if row["found"] is not None}
@@ -105,8 +108,8 @@ async def indexes(inspection: Inspection) -> AsyncIterator[Finding]:
     table = inspection.table
     bucket, id_, sent_at, parked_at = await inspection.quote(table.bucket, table.id, table.sent_at, table.parked_at)
     rows = await inspection.connection.fetch(
-        """
-        SELECT i.indexrelid::regclass::text AS name, i.indisvalid AND i.indisready AS valid, i.indisunique,
+        f"""
+        SELECT {NAME_OF.format(oid="i.indexrelid")} AS name, i.indisvalid AND i.indisready AS valid, i.indisunique,
                pg_get_expr(i.indpred, i.indrelid) AS predicate,
                ARRAY(SELECT a.attname::text FROM unnest(i.indkey) WITH ORDINALITY AS k (attnum, place)
                      JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
@@ -146,8 +149,8 @@ async def indexes(inspection: Inspection) -> AsyncIterator[Finding]:
 async def identity(inspection: Inspection) -> AsyncIterator[Finding]:
     """The order of ids is the order of messages, so no session may draw ids in advance."""
     row = await inspection.connection.fetchrow(
-        """
-        SELECT s.seqrelid::regclass::text AS name, s.seqcache
+        f"""
+        SELECT {NAME_OF.format(oid="s.seqrelid")} AS name, s.seqcache
         FROM pg_sequence s JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = s.seqrelid
         JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
         WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = $1::regclass AND a.attname = $2

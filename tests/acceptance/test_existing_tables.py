@@ -49,9 +49,7 @@ def write_config(path: Path, url: str, topic: str, **columns: str) -> Path:
 async def adopt(connection: asyncpg.Connection, path: Path, *arguments: str) -> None:
     result = CliRunner().invoke(cli.main, ["schema", "adopt", "--config", str(path), *arguments])
     assert result.exit_code == 0, result.output
-    await connection.execute('SET search_path = "Order Service"')
     await connection.execute(result.output)
-    await connection.execute("RESET search_path")
 
 
 def table_of(topic: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import shutil
 import signal
 from collections import Counter
@@ -30,6 +29,7 @@ from outbox_relay.servers.versions import POSTGRES
 from tests.acceptance.relays import RelayProcess, compare, drained, new_topic, relay_process
 from tests.conftest import POSTGRES_SETTINGS, skipped_without_server
 from tests.processes import family_of
+from tests.roles import roles_sql
 from tests.waiting import eventually
 
 #: The wheel's PostgreSQL has no TLS.
@@ -206,13 +206,12 @@ async def database(secured: Secured, tmp_path: Path) -> AsyncIterator[Database]:
     connection = await asyncpg.connect(secured.server.url(name), ssl=False)
     await schema.apply(connection)
     # Roles belong to the whole server: these are of this test alone.
-    groups = re.sub(r"\b(ROLE|TO) outbox_(\w+)", rf"\1 {role}_\2", schema.read_roles_sql())
-    await connection.execute(groups)
+    await connection.execute(roles_sql(role))
     for user in USERS.split(", "):
         await connection.execute(
             f"DO $$ BEGIN CREATE ROLE {user} LOGIN PASSWORD '{PASSWORD}'; EXCEPTION WHEN duplicate_object THEN END $$"
         )
-    await connection.execute(f"GRANT {role}_relay TO {USERS}")
+    await connection.execute(f"GRANT outbox_relay_{role} TO {USERS}")
     await connection.close()
     database = Database(secured, name, role, tmp_path, secured.ca.issue_cert("nobody"))
     await database.mend()
@@ -411,10 +410,10 @@ async def test_a_privilege_that_is_revoked_is_told_and_the_rows_wait_until_it_is
     topic = await new_topic(kafka)
     with relay_process(database.url("worded"), kafka.bootstrap_servers, database=database.with_password()) as relay:
         await relayed(database, relay, topic)
-        await database.execute(f"REVOKE {privilege} FROM {database.role}_relay")
+        await database.execute(f"REVOKE {privilege} FROM outbox_relay_{database.role}")
         await write(database, topic)
         await relay.event("database.unavailable", reason=reason, deadline_seconds=SECONDS)
-        await database.execute(f"GRANT {privilege} TO {database.role}_relay")
+        await database.execute(f"GRANT {privilege} TO outbox_relay_{database.role}")
         await all_relayed(database)
         await relay.event("database.available")
         await stopped(relay, 1)

@@ -12,16 +12,17 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import make_url
 
-from outbox_relay import cli, outbox, status
+from outbox_relay import cli, config, daemon, outbox, roles, schema, status
+from outbox_relay.checks.findings import Finding, Kind
 from outbox_relay.outbox import Message
 from outbox_relay.servers import Kafka
 from outbox_relay.source import session
 from outbox_relay.source.statements import OUTBOX
 from tests.acceptance.commands import invoke
 from tests.acceptance.parked import dead, sent
-from tests.acceptance.relays import compare, drained, new_topic, relay_process
+from tests.acceptance.relays import compare, drained, new_topic, relay_process, toml
 from tests.conftest import Database
-from tests.roles import roles_sql
+from tests.roles import roles_sql, suffixed
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -167,3 +168,125 @@ async def test_an_operator_can_not_mark_nor_hide_what_was_done(statement: str, u
 def test_the_sql_is_printed() -> None:
     result = CliRunner().invoke(cli.main, ["schema", "print", "--roles"])
     assert result.output == (REPOSITORY / "roles.sql").read_text()
+
+
+async def test_another_database_of_the_server_may_have_the_roles_already(
+    users: dict[str, str], outbox_database: Database
+) -> None:
+    suffix = make_url(users["outbox_writer"]).username.split("_")[2]  # type: ignore[union-attr]
+    connection = await outbox_database.connect()
+    await connection.execute("CREATE SCHEMA other; SET search_path = other")
+    await schema.apply(connection)
+    await connection.execute(roles_sql(suffix))
+    granted = "SELECT has_table_privilege($1, 'other.outbox_parked', 'DELETE')"
+    assert await connection.fetchval(granted, f"outbox_relay_{suffix}")
+
+
+#: A table of somebody's own, in a schema that no search_path has.
+OWN = """
+CREATE SCHEMA "Order Service";
+CREATE TABLE "Order Service"."Events" (
+    id uuid PRIMARY KEY DEFAULT gen_random_uuid(), kind text NOT NULL, "order" text, payload jsonb
+)
+"""
+OWN_SETTINGS = {
+    "table": {"schema": "Order Service", "name": "Events", "topic": "orders.{kind}"},
+    "table.columns": {
+        "id": "seq", "event_id": "id", "key": "order", "type": "kind", "headers": "", "created_at": "",
+    },
+}  # fmt: skip
+
+
+def own_config(url: str) -> str:
+    return toml({"database": {"url": url}, "kafka": {"bootstrap_servers": ["localhost:1"]}, **OWN_SETTINGS})
+
+
+@pytest.fixture
+async def own(database: Database, tmp_path: Path) -> AsyncIterator[dict[str, str]]:
+    """As by ``schema adopt`` and ``schema print --roles``, run in a session of no particular search_path; the urls of
+    the users, and the configuration that the commands had."""
+    connection = await database.connect()
+    await connection.execute(OWN)
+    suffix = uuid4().hex[:12]
+    path = tmp_path / "config.toml"
+    path.write_text(own_config(database.url))
+    for command in (["schema", "adopt"], ["schema", "print", "--roles"]):
+        printed = await invoke(*command, "--config", str(path))
+        assert printed.exit_code == 0, printed.output
+        await connection.execute(suffixed(printed.output, suffix))
+    urls = {"config": str(path), "suffix": suffix}
+    url = make_url(database.url)
+    for name in roles.ROLES:
+        await connection.execute(f"CREATE ROLE {name}_{suffix}_user LOGIN PASSWORD 'word' IN ROLE {name}_{suffix}")
+        urls[name] = url.set(username=f"{name}_{suffix}_user", password="word").render_as_string(hide_password=False)
+    yield urls
+    for name in roles.ROLES:
+        await connection.execute(f"DROP OWNED BY {name}_{suffix}_user, {name}_{suffix}")
+        await connection.execute(f"DROP ROLE {name}_{suffix}_user, {name}_{suffix}")
+
+
+async def test_the_roles_of_a_table_and_a_schema_that_are_named_are_enough(
+    own: dict[str, str], database: Database, kafka: Kafka, tmp_path: Path
+) -> None:
+    kind = uuid4().hex
+    await kafka.create_topic(f"orders.{kind}")
+    writer = await asyncpg.connect(own["outbox_writer"])
+    insert = 'INSERT INTO "Order Service"."Events" (kind, "order", payload) VALUES ($1, $2, $3)'
+    await writer.execute(insert, kind, "42", "{}")
+    await writer.close()
+    with relay_process(own["outbox_relay"], kafka.bootstrap_servers, "--once", tables=OWN_SETTINGS) as relay:
+        assert await relay.exit_code() == 0
+    sent = 'SELECT count(*) FROM "Order Service"."Events" WHERE sent_at IS NOT NULL'
+    assert await (await database.connect()).fetchval(sent) == 1
+    for arguments in ("dead list", "explain 1", "pause orders.x --reason r", "resume orders.x"):
+        result = await invoke(*arguments.split(), "--config", own["config"], "--database-url", own["outbox_operator"])
+        assert result.exit_code == 0, result.output
+
+
+async def test_what_check_says_to_run_is_run_as_it_stands(own: dict[str, str], database: Database) -> None:
+    connection = await database.connect()
+    group, user = f"outbox_relay_{own['suffix']}", make_url(own["outbox_relay"]).username
+    path = Path(own["config"])
+    path.write_text(own_config(own["outbox_relay"]))
+
+    async def findings() -> list[Finding]:
+        found = await daemon.check(config.load(path))
+        return [one for one in found if one not in known]
+
+    known: list[Finding] = []  # of the server that the tests have
+    known = await findings()
+    await connection.execute(f"""
+        REVOKE SELECT ON "Order Service"."Events", "Order Service".outbox_slot FROM {group};
+        ALTER SEQUENCE "Order Service"."Events_seq_seq" CACHE 20;
+        DROP INDEX "Order Service".outbox_unsent;
+    """)
+    found = await findings()
+    assert {one.kind.code for one in found} == {"privilege-missing", "identity-cache", "index-missing"}
+    for one in found:
+        await connection.execute(one.advice.partition(", or see")[0])
+    assert await findings() == []
+    # What it says of the role is of the role that logs in.
+    assert all(f" TO {user}" in one.advice for one in found if one.kind is Kind.PRIVILEGE_MISSING)
+
+
+async def test_schema_apply_makes_the_roles_too(database: Database) -> None:
+    connection = await database.connect()
+    known = {row["rolname"] for row in await connection.fetch("SELECT rolname FROM pg_roles")}
+    try:
+        for version in ("created the outbox schema, version 1", "the outbox schema is at version 1 already"):
+            result = await invoke("schema", "apply", "--roles", "--database-url", database.url)
+            assert (result.exit_code, result.output.splitlines()) == (
+                0,
+                [version, f"the roles {', '.join(roles.ROLES)} have their rights; GRANT them to users that log in"],
+            )
+        assert await connection.fetchval("SELECT has_table_privilege('outbox_relay', 'outbox_parked', 'DELETE')")
+    finally:
+        for name in set(roles.ROLES) - known:
+            await connection.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+async def test_who_may_not_make_roles_is_told_who_may(users: dict[str, str]) -> None:
+    result = await invoke("schema", "apply", "--roles", "--database-url", users["outbox_relay"])
+    assert result.exit_code == 69
+    assert "permission denied" in result.output
+    assert "log in as the owner of the tables, who may make roles (CREATEROLE): --database-url" in result.output
