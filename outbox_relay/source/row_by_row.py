@@ -10,8 +10,8 @@ from typing import TypeVar
 import asyncpg
 
 from outbox_relay.errors import SourceUnavailableError
-from outbox_relay.source.session import RowRefusedError, Session
-from outbox_relay.source.sqlstate import Fault, fault_of
+from outbox_relay.source.session import RowRefusedError, Session, what_it_says
+from outbox_relay.source.sqlstate import Fault, fault_of, why
 
 T = TypeVar("T")
 
@@ -38,7 +38,14 @@ class RowByRow:
             if fault_of(error.__cause__) is not Fault.ROW:
                 raise
         with self._carefully():
-            return await transaction()
+            try:
+                return await transaction()
+            except SourceUnavailableError as error:
+                cause = error.__cause__
+                if cause is None or fault_of(cause) is not Fault.ROW:
+                    raise
+                # What a trigger or a cast says may quote a row, and this is logged.
+                raise SourceUnavailableError(str(error).replace(what_it_says(cause), why(cause))) from cause
 
     @property
     def careful(self) -> bool:

@@ -228,7 +228,8 @@ class Session:
         """Within a transaction: what may be a row's fault undoes the block alone, RowRefusedError."""
         connection = await self.connection()
         with self.unavailable("savepoint"):
-            await connection.execute("SAVEPOINT part")
+            # Else what is deferred would be refused at COMMIT, with all of the transaction.
+            await connection.execute("SET CONSTRAINTS ALL IMMEDIATE; SAVEPOINT part")
         self._in_savepoint = True
         try:
             yield

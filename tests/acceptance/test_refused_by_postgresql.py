@@ -88,8 +88,8 @@ async def until(
     return delivered
 
 
-async def trigger(connection: asyncpg.Connection, condition: str) -> None:
-    """UPDATE raises where the condition holds, with a message that quotes the row."""
+async def trigger(connection: asyncpg.Connection, condition: str, *, deferred: bool = False) -> None:
+    """UPDATE raises where the condition holds, or the COMMIT after it, with a message that quotes the row."""
     await connection.execute(
         f"""
         CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -99,9 +99,9 @@ async def trigger(connection: asyncpg.Connection, condition: str) -> None:
         END $$
         """
     )
-    await connection.execute(
-        "CREATE OR REPLACE TRIGGER refuse BEFORE UPDATE ON outbox FOR EACH ROW EXECUTE FUNCTION refuse()"
-    )
+    kind = "CONSTRAINT TRIGGER refuse AFTER" if deferred else "TRIGGER refuse BEFORE"
+    when = "DEFERRABLE INITIALLY DEFERRED" if deferred else ""
+    await connection.execute(f"CREATE {kind} UPDATE ON outbox {when} FOR EACH ROW EXECUTE FUNCTION refuse()")
 
 
 async def no_trigger(connection: asyncpg.Connection) -> None:
@@ -111,12 +111,12 @@ async def no_trigger(connection: asyncpg.Connection) -> None:
 # -- marking
 
 
-@pytest.mark.parametrize("how", ["trigger", "constraint"])
+@pytest.mark.parametrize("how", ["trigger", "deferred trigger", "constraint"])
 async def test_a_row_that_cannot_be_marked_is_not_sent_again_and_holds_nobody(
     how: str, world: PostgresWorld, connection: asyncpg.Connection, logs: Logs
 ) -> None:
-    if how == "trigger":
-        await trigger(connection, "NEW.sent_at IS NOT NULL AND NEW.id = 7")
+    if "trigger" in how:
+        await trigger(connection, "NEW.sent_at IS NOT NULL AND NEW.id = 7", deferred=how != "trigger")
     else:
         await connection.execute("ALTER TABLE outbox ADD CONSTRAINT refuse CHECK (sent_at IS NULL OR id <> 7)")
     await world.insert(*(record(id_, f"k{id_ % 3}") for id_ in range(1, 21)))
@@ -135,7 +135,7 @@ async def test_a_row_that_cannot_be_marked_is_not_sent_again_and_holds_nobody(
     assert said(logs, "row.unmarkable") == [7]
     assert "not with me" not in str(logs)
     await connection.execute(
-        "DROP TRIGGER refuse ON outbox" if how == "trigger" else "ALTER TABLE outbox DROP CONSTRAINT refuse"
+        "DROP TRIGGER refuse ON outbox" if "trigger" in how else "ALTER TABLE outbox DROP CONSTRAINT refuse"
     )
 
     async def all_marked(_: list[int]) -> bool:
@@ -366,3 +366,39 @@ async def test_a_parked_row_that_cannot_be_put_back_does_not_keep_others_from_it
     assert said(logs, "row.stuck") == [1]
     await no_trigger(connection)
     assert await until(source, lambda sent: sent, "then it is too") == [1]
+
+
+async def test_a_refusal_that_is_no_rows_stops_all_and_quotes_no_row(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(record(1, "a"))
+    source = await world.source(policies=THREE)
+
+    async def waiting(_: list[int]) -> bool:
+        return bool(await states(connection))
+
+    await until(source, waiting, "it waits", too_large(1))
+    await connection.execute(
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE EXCEPTION 'not with me: %', OLD.key; END $$;
+        CREATE TRIGGER refuse BEFORE DELETE ON outbox_parked FOR EACH ROW EXECUTE FUNCTION refuse()
+        """
+    )
+    refused: list[str] = []
+
+    async def often() -> bool:
+        try:
+            await step(source)
+        except SourceUnavailableError as error:
+            refused.append(str(error))
+        return len(refused) >= 3
+
+    await eventually(often, "what was sent can't be done with waiting")
+    assert set(refused) == {"done: SQLSTATE P0001"}
+    await connection.execute("DROP TRIGGER refuse ON outbox_parked")
+
+    async def sent(_: list[int]) -> bool:
+        return await world.sent() == {1}
+
+    await until(source, sent, "all goes on")
