@@ -60,9 +60,13 @@ def run(path: Path, once: bool, dry_run: bool) -> None:
 
 
 @main.command()
-@click.option("--config", "path", type=click.Path(path_type=Path), required=True, help="The TOML file.")
-def validate(path: Path) -> None:
-    """Say every mistake in a configuration file; connects to nothing."""
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--config", "path", type=click.Path(path_type=Path), help="The TOML file, as with the other commands.")
+def validate(file: Path | None, path: Path | None) -> None:
+    """Say every mistake in a configuration FILE; connects to nothing."""
+    path = path or file
+    if path is None or (file or path) != path:
+        raise click.UsageError("which file? Give one, as FILE or with --config")
     with failing_clearly():
         config.load(path)
     click.echo(f"{path}: no mistakes")

@@ -10,12 +10,14 @@ import asyncpg
 import click
 
 from outbox_relay import daemon, tracebacks
-from outbox_relay.errors import ConfigError, OutboxRelayError, RefusedError
+from outbox_relay.errors import ConfigError, NotPermittedError, OutboxRelayError, RefusedError
 from outbox_relay.source.session import what_it_says
 
 #: sysexits.h: the configuration is at fault (EX_CONFIG), or a service isn't there (EX_UNAVAILABLE).
 EXIT_CONFIG = 78
 EXIT_UNAVAILABLE = 69
+#: Nor does it help to try again (EX_NOPERM).
+EXIT_NOT_PERMITTED = 77
 #: What was asked for can't be done to what is there.
 EXIT_REFUSED = 1
 
@@ -32,6 +34,9 @@ def failing_clearly() -> Iterator[None]:
     except RefusedError as error:
         click.echo(str(error), err=True)
         sys.exit(EXIT_REFUSED)
+    except NotPermittedError as error:
+        click.echo(str(error), err=True)
+        sys.exit(EXIT_NOT_PERMITTED)
     except (OutboxRelayError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         click.echo(what_it_says(error) or type(error).__name__, err=True)
         sys.exit(EXIT_UNAVAILABLE)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
 
+import asyncpg
 import click
 from click.core import ParameterSource
 
 from outbox_relay import addresses, config, daemon
-from outbox_relay.errors import ConfigError
-from outbox_relay.source.session import Database, Session
+from outbox_relay.errors import ConfigError, NotPermittedError, SourceRefusedError
+from outbox_relay.source.session import Database, Session, what_it_says
 from outbox_relay.source.statements import OUTBOX, OutboxTable
 from outbox_relay.tls import Tls
 
@@ -52,10 +53,24 @@ def on_outbox(path: Path | None, database_url: str | None, work: Work[T]) -> T:
         session = Session(database, "outbox-relay operator")
         try:
             return await work(session, table)
+        except SourceRefusedError as error:
+            if denied := _denied(error):
+                raise NotPermittedError(
+                    f"{what_it_says(denied)}: log in as a member of outbox_operator (`outbox-relay schema print"
+                    " --roles`): --database-url postgresql://…"
+                ) from error
+            raise
         finally:
             await session.close()
 
     return asyncio.run(do())
+
+
+def _denied(error: BaseException | None) -> asyncpg.InsufficientPrivilegeError | None:
+    """What PostgreSQL said, where the role's rights are what is missing."""
+    while error is not None and not isinstance(error, asyncpg.InsufficientPrivilegeError):
+        error = error.__cause__
+    return error
 
 
 def outbox_of(path: Path | None, database_url: str | None) -> tuple[Database, OutboxTable]:
@@ -82,12 +97,20 @@ def _tls(url: str) -> Tls | None:
     return None if local else Tls()
 
 
+class _NobodyToAskError(click.ClickException):
+    """An option is missing, which how the command is used wouldn't tell."""
+
+    exit_code = click.UsageError.exit_code
+
+
 def agreed(question: str, yes: bool) -> None:
     """Go on only if whoever is at the terminal says so, or ``--yes`` did."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise click.UsageError(f"{question} Nothing was changed: this is no terminal to ask on, so add --yes to go on.")
+        raise _NobodyToAskError(
+            f"{question} Nothing was changed: this is no terminal to ask on, so add --yes to go on."
+        )
     click.confirm(question, abort=True, err=True)
 
 

@@ -269,9 +269,13 @@ class DatabaseConfig(_Table):
 class KafkaConfig(_Table):
     """``[kafka]``"""
 
-    bootstrap_servers: Annotated[list[Annotated[str, AfterValidator(host_and_port)]], Field(min_length=1)]
+    bootstrap_servers: Annotated[
+        list[Annotated[str, AfterValidator(host_and_port)]], Field(min_length=1, examples=[["localhost:9092"]])
+    ]
     client_id: Text = "outbox-relay"
-    allowed_topics: Annotated[list[Annotated[str, AfterValidator(_topic_or_prefix)]] | None, Field(min_length=1)] = None
+    allowed_topics: Annotated[
+        list[Annotated[str, AfterValidator(_topic_or_prefix)]] | None, Field(min_length=1, examples=[["orders"]])
+    ] = None
     compression: Annotated[Literal["none", "gzip", "snappy", "lz4", "zstd"], AfterValidator(_installed)] = "none"
     batch_bytes: Annotated[int, Field(ge=1024, le=100_000_000)] = 524_288
     connect_timeout_seconds: Seconds = 10.0

@@ -5,6 +5,7 @@ meant: ``file:line: table.key: problem``.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -129,6 +130,8 @@ def _told(mistake: ErrorDetails, type_: type[BaseModel]) -> Iterator[tuple[Place
     elif mistake["type"] == "model_type":
         shape = getattr(_table_at(place, type_), "shape", f"a table, [{'.'.join(place)}]")
         yield place, f"must be {shape}"
+    elif mistake["type"] == "list_type":
+        yield place, f"must be a list, such as {json.dumps(_example(place, type_))}"
     elif mistake["type"] == "dict_type":
         yield place, "must be a table, { name = value, … }"
     else:
@@ -161,6 +164,14 @@ def tables(type_: type[BaseModel], above: Place = ()) -> Iterator[tuple[Place, t
 
 def _table_at(place: Place, type_: type[BaseModel]) -> type[BaseModel] | None:
     return dict(tables(type_)).get(place)
+
+
+def _example(place: Place, type_: type[BaseModel]) -> Any:
+    """What somebody may write there."""
+    table = _table_at(place[:-1], type_)
+    field = table.model_fields[place[-1]] if table is not None else None
+    (example, *_) = (field.examples if field is not None else None) or ["…"]
+    return example
 
 
 def keys(type_: type[BaseModel]) -> list[str]:

@@ -23,7 +23,7 @@ import asyncpg
 
 from outbox_relay import audit, schema
 from outbox_relay.audit import Deed
-from outbox_relay.errors import RefusedError, SourceUnavailableError
+from outbox_relay.errors import RefusedError, SourceRefusedError, SourceUnavailableError
 from outbox_relay.outbox import Message
 from outbox_relay.source.parking_statements import MAKE_NEXT_DUE
 from outbox_relay.source.session import Session
@@ -392,6 +392,8 @@ class DeadLetters:
                         changed = await change(ids[start : start + MOST_ROWS_AT_ONCE])
                         if changed:
                             await audit.record(self._session, deed, sorted(changed))
+                except SourceRefusedError:
+                    raise  # again it would be the same
                 except SourceUnavailableError as error:
                     raise SourceUnavailableError(
                         f"{error}; {done} of {chosen.rows} rows were changed before: give the command again"

@@ -31,6 +31,10 @@ class RefusedError(OutboxRelayError):
     """What an operator asked for can't be done to what is there; nothing was changed."""
 
 
+class NotPermittedError(OutboxRelayError):
+    """The role that a command logged in with may not do what it was asked to; nothing was changed."""
+
+
 class SourceUnavailableError(OutboxRelayError):
     """The database could not be reached, or did not answer in time; nothing was lost, try again later."""
 

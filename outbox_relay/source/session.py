@@ -272,6 +272,8 @@ class Session:
                 raise RowRefusedError(error) from error
             self.drop()
             detail = what_it_says(error) or f"no answer within {self._database.statement_timeout_seconds} s"
+            if isinstance(error, asyncpg.InsufficientPrivilegeError):
+                detail += "; `outbox-relay check` says what the role lacks"
             kind = SourceRefusedError if _is_refusal(error) else SourceUnavailableError
             raise kind(f"{doing}: {detail}") from error
         except asyncio.CancelledError:

@@ -305,6 +305,8 @@ async def test_what_can_not_be_meant_changes_nothing(
     result = await invoke("dead", "retry", *arguments, "--database-url", outbox_database.url)
     assert result.exit_code == 2
     assert message in re.sub(r"\s*\n\s*", " ", result.stderr)
+    # How the command is used isn't the question where nothing is wrong but that there is nobody to ask.
+    assert ("Usage:" in result.stderr) == ("no terminal" not in message)
     assert await states(connection) == {1: "dead"}
 
 

@@ -396,12 +396,15 @@ async def test_a_wrong_password_is_told_and_a_right_one_is_used_without_a_restar
         assert "another-77d1" not in relay.output()
 
 
+CHECK = "; `outbox-relay check` says what the role lacks"
+
+
 @pytest.mark.parametrize(
     ("privilege", "reason"),
     [
-        ("SELECT ON outbox", "claim: permission denied for table outbox"),
-        ("UPDATE (sent_at) ON outbox", "settle: permission denied for table outbox"),
-        ("UPDATE ON outbox_relay", "heartbeat: permission denied for table outbox_relay"),
+        ("SELECT ON outbox", f"claim: permission denied for table outbox{CHECK}"),
+        ("UPDATE (sent_at) ON outbox", f"settle: permission denied for table outbox{CHECK}"),
+        ("UPDATE ON outbox_relay", f"heartbeat: permission denied for table outbox_relay{CHECK}"),
     ],
 )
 async def test_a_privilege_that_is_revoked_is_told_and_the_rows_wait_until_it_is_granted_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
@@ -14,6 +15,7 @@ from sqlalchemy import make_url
 
 from outbox_relay import cli, config, daemon, outbox, roles, schema, status
 from outbox_relay.checks.findings import Finding, Kind
+from outbox_relay.errors import SourceRefusedError
 from outbox_relay.outbox import Message
 from outbox_relay.servers import Kafka
 from outbox_relay.source import session
@@ -139,6 +141,50 @@ async def test_an_operator_decides_with_this_role_alone(users: dict[str, str], o
     assert {row["by_role"] for row in await connection.fetch("SELECT by_role FROM outbox_audit")} == {
         make_url(users["outbox_operator"]).username
     }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "dead list",
+        "dead show 1",
+        "dead retry 1 --yes",
+        "dead retry 1 --edit --set-header a=b --yes",
+        "dead discard 1 --reason r --yes",
+        "explain 1",
+        "pause orders --reason r",
+        "resume orders",
+        "replay --topic orders --since 2026-01-01T00:00Z --yes",
+    ],
+)
+@pytest.mark.parametrize("role", ["outbox_writer", "outbox_relay"])
+async def test_who_may_not_is_told_as_whom_to_log_in(
+    role: str, arguments: str, users: dict[str, str], outbox_database: Database
+) -> None:
+    connection = await outbox_database.connect()
+    await dead(connection, "orders", "k")
+    await sent(connection, "orders", "k", "2026-01-31 12:00+00")
+    result = await invoke(*arguments.split(), "--database-url", users[role])
+    # The relay may look, and has no business to decide.
+    if role == "outbox_relay" and arguments in ("dead list", "explain 1"):
+        assert result.exit_code == 0, result.output
+        return
+    assert result.exit_code == 77, result.output
+    assert re.fullmatch(
+        r"permission denied for \w+ \w+: log in as a member of outbox_operator"
+        r" \(`outbox-relay schema print --roles`\): --database-url postgresql://…\n",
+        result.stderr,
+    ), result.stderr
+    assert await connection.fetchval("SELECT count(*) FROM outbox_audit") == 0
+
+
+async def test_who_may_not_read_the_status_is_told_what_says_why(users: dict[str, str]) -> None:
+    database = session.Database(users["outbox_writer"], 10.0, 10.0)
+    with pytest.raises(SourceRefusedError) as refused:
+        await status.read(database, OUTBOX, lambda: asyncio.sleep(0))
+    assert str(refused.value) == (
+        "read outbox_layout: permission denied for table outbox_layout; `outbox-relay check` says what the role lacks"
+    )
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,18 @@ def test_a_configuration_that_is_not_there_is_said_in_one_line(tmp_path: Path) -
     assert done.stderr == f"{tmp_path / 'none.toml'}: No such file or directory\n"
 
 
+def test_the_file_to_validate_is_given_one_way_or_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[database]\nurl = "postgresql://localhost/d"\n[kafka]\nbootstrap_servers = ["localhost:1"]\n')
+    for arguments in ([str(path)], ["--config", str(path)]):
+        done = outbox_relay("validate", *arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{path}: no mistakes\n", "")
+    for arguments in ([], [str(path), "--config", "another.toml"]):
+        done = outbox_relay("validate", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "which file? Give one, as FILE or with --config" in done.stderr
+
+
 def test_schema_apply_asks_which_database_is_meant() -> None:
     done = outbox_relay("schema", "apply")
     assert (done.returncode, done.stdout) == (78, "")

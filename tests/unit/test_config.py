@@ -242,7 +242,7 @@ def test_a_key_outside_of_its_table_is_sent_there(file: Path) -> None:
             "bootstrap_servers = []",
             "kafka.bootstrap_servers: must have at least 1 item after validation, not 0",
         ),
-        ("kafka", 'bootstrap_servers = "k:1"', "kafka.bootstrap_servers: must be a valid list"),
+        ("kafka", 'bootstrap_servers = "k:1"', 'kafka.bootstrap_servers: must be a list, such as ["localhost:9092"]'),
         ("kafka", 'bootstrap_servers = ["k:1", "k:x"]', "kafka.bootstrap_servers[1]: must be host:port"),
         ("kafka", 'bootstrap_servers = ["k:1,j:1"]', "kafka.bootstrap_servers[0]: must be host:port"),
         ("kafka", 'bootstrap_servers = ["k:65536"]', "kafka.bootstrap_servers[0]: must be host:port"),

@@ -105,7 +105,11 @@ MISTAKES: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "no-list": (
         DATABASE + '[kafka]\nbootstrap_servers = "k:1"\n',
-        [":4: kafka.bootstrap_servers: must be a valid list"],
+        [':4: kafka.bootstrap_servers: must be a list, such as ["localhost:9092"]'],
+    ),
+    "no-list-of-topics": (
+        DATABASE + KAFKA + 'allowed_topics = "orders"\n',
+        [':5: kafka.allowed_topics: must be a list, such as ["orders"]'],
     ),
     "empty-list": (
         DATABASE + "[kafka]\nbootstrap_servers = []\n",
