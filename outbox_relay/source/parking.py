@@ -3,14 +3,15 @@
 Everything here happens within the transaction of a claim, which holds the lock of its slots; the four rules that it
 keeps are in ``docs/decisions/0009-where-waiting-rows-are-kept.md``. What is remembered here only saves looking: lines
 that have nothing parked aren't looked up. It has at least what is in the database, since nobody but the owner of a slot
-parks rows of it; but for a row whose topic an operator has changed, which waits for nobody, nor anybody for it.
+parks rows of it; but for a row whose topic an operator has changed, which waits for nobody, nor anybody for it. It is
+what the transaction that is open has made of it, and all of it is learnt anew unless that was committed for sure.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -31,6 +32,7 @@ from outbox_relay.source.parking_statements import (
     MAKE_NEXT_DUE,
     NOT_DUE,
     OF_TOPIC,
+    POSTPONE,
     ParkingStatements,
 )
 from outbox_relay.source.row_by_row import RowByRow
@@ -50,6 +52,9 @@ _STUCK = Backoff(first_seconds=1.0, ceiling_seconds=60.0)
 
 #: So often a topic is tried with all its rows, which are left where they are; then they are parked, and one is tried.
 _TRIES_BEFORE_PARKING = 3
+
+#: A row that is due and that somebody has locked is tried again so much later.
+_POSTPONED_SECONDS = 1.0
 
 # What is due is looked for this often, and less often while nothing is.
 _LOOK_SECONDS = 0.25
@@ -114,6 +119,7 @@ class Parking:
         self._look_at = 0.0
         self._look_seconds = _LOOK_SECONDS
         self._parked: list[asyncpg.Record] = []  # in the transaction that is open
+        self._is_sure = True  # no transaction is open, and the last one was committed
 
     # -- what became of rows
 
@@ -135,11 +141,12 @@ class Parking:
         self._unproven[topic] = retry
         self._telemetry.refused(retry, *self._holds.hold(topic))
 
-    def row_stuck(self, id_: int, line: Line, error: BaseException) -> None:
-        """PostgreSQL doesn't let the row be changed."""
-        attempts, _ = self._stuck.hold(line)
+    def row_stuck(self, id_: int, line: Line, error: BaseException) -> float:
+        """PostgreSQL doesn't let the row be changed; the seconds until it is tried again."""
+        attempts, delay_seconds = self._stuck.hold(line)
         if attempts == 1:
             self._telemetry.row_stuck(id_, error, why(error))
+        return delay_seconds
 
     # -- what a claim leaves out
 
@@ -173,6 +180,11 @@ class Parking:
 
     async def learn(self, epochs: Mapping[int, int], buckets: Sequence[int]) -> None:
         """Know all that is parked in these slots, and nothing of others."""
+        if not self._is_sure:
+            self._epochs.clear()
+            self._lines.clear()
+            self._trying.clear()
+        self._is_sure = False
         for slot in [slot for slot, epoch in self._epochs.items() if epochs.get(slot) != epoch]:
             self._forget(slot)
         for id_, refused in list(self._refused.items()):
@@ -207,6 +219,8 @@ class Parking:
         self._parked = []
         if done := [id_ for id_ in settled if id_ in self._trying]:
             await self._make_next_due(await self._session.fetch(DONE, done))
+            for id_ in done:
+                del self._trying[id_]
         await self._park(
             [
                 _Wait(
@@ -222,8 +236,8 @@ class Parking:
         )
         parked = {row["id"] for row in self._parked}
         if missed := [id_ for id_ in self._refused if id_ not in parked]:
-            locked = {row["id"] for row in await self._session.fetch(self._statements.unsettled, missed)}
-            # Somebody deleted the others, or marked them as sent.
+            locked = {row["id"] for row in await self._session.fetch(self._statements.unparked, missed)}
+            # Somebody deleted the others, or marked them as sent; or they are parked, by a commit that was in doubt.
             self._refused = {id_: refused for id_, refused in self._refused.items() if id_ in parked | locked}
 
     async def release_due(self, buckets: Sequence[int]) -> None:
@@ -235,17 +249,18 @@ class Parking:
         gone = set(self._trying)
         room = self._batch_rows - len(self._trying)
         ids = [] if room <= 0 else await self._due(buckets, room)
-        if stuck := set(self._stuck.active()):
-            ids = [id_ for id_ in ids if id_ not in stuck]
         if ids:
             rows, refused = await self._rows.run(
                 ids, lambda some: self._session.fetch(self._statements.try_again, some)
             )
             tried = {row["id"]: _Tried(row["bucket"] % self._layout_slots, row["attempts"] > 0) for row in rows}
-            for id_, error in refused.items():
-                self.row_stuck(id_, id_, error)
             self._trying.update(tried)
-            gone.update(id_ for id_ in ids if id_ not in tried)
+            # Those that are somebody's, locked, or stuck. They aren't looked at all the time, nor keep others from it.
+            later = {id_: _POSTPONED_SECONDS for id_ in ids if id_ not in tried}
+            later |= {id_: self.row_stuck(id_, id_, error) for id_, error in refused.items()}
+            if later:
+                await self._session.fetch(POSTPONE, list(later), list(later.values()))
+            gone |= later.keys()
         if gone:
             forgotten = await self._session.fetch(self._statements.forget_gone, list(gone))
             for row in forgotten:
@@ -273,13 +288,11 @@ class Parking:
         await self._park(waits)
         return {wait.id for wait in waits}
 
-    def committed(self, settled: Iterable[int]) -> None:
+    def committed(self) -> None:
         """The transaction is durable."""
-        for id_ in settled:
-            self._trying.pop(id_, None)
+        self._is_sure = True
         parked = 0
         for row in self._parked:
-            self._trying.pop(row["id"], None)
             refused = self._refused.pop(row["id"], None)
             if refused is None:
                 parked += 1
@@ -337,6 +350,7 @@ class Parking:
             self._refused.pop(wait.id, None)
             self.row_stuck(wait.id, wait.line, error)
         for row in parked:
+            self._trying.pop(row["id"], None)
             self._lines[row["bucket"] % self._layout_slots].add(_line(row["topic"], row["key"]))
         self._parked += parked
         copies = {

@@ -7,7 +7,7 @@ command. Rows of ``outbox`` that a stranger has locked are left for later rather
 from __future__ import annotations
 
 from outbox_relay.message import DEAD_LETTER_HEADER
-from outbox_relay.source.statements import OutboxTable, Statements, quoted, topic_of
+from outbox_relay.source.statements import OutboxTable, quoted, topic_of
 
 # What a relay has to know of slots that it hasn't had before.
 LEARN = """
@@ -59,6 +59,14 @@ NOT_DUE = """
 UPDATE outbox_parked p SET due_at = NULL WHERE p.id = ANY ($1::bigint[]) AND p.state = 'blocked'
 """
 
+# Due, and can't be put back now. A row of a topic too is then tried when it is due.
+POSTPONE = """
+-- postpone
+UPDATE outbox_parked p SET due_at = now() + make_interval(secs => later.seconds)
+FROM unnest($1::bigint[], $2::float8[]) AS later (id, seconds)
+WHERE p.id = later.id
+"""
+
 # Where followers don't wait any more.
 FREE = """
 -- free followers
@@ -86,7 +94,7 @@ FROM unnest($1::smallint[]) AS owned (bucket)
 CROSS JOIN LATERAL (
     SELECT p.id FROM outbox_parked p
     WHERE p.bucket = owned.bucket AND hashtextextended(p.topic, 0) = hashtextextended($2, 0) AND p.state = 'topic'
-      AND p.topic = $2
+      AND p.topic = $2 AND p.due_at IS NULL
     ORDER BY p.id
     LIMIT $3
 ) AS w
@@ -113,7 +121,8 @@ DELETE FROM outbox_parked p WHERE p.id = ANY ($1::bigint[]) AND p.state = 'tryin
 RETURNING p.bucket, p.line, p.topic, p.key
 """
 
-# A row that kept failing may be held by its state alone: only a refusal of its own (retry) counts an attempt.
+# A row that kept failing may be held by its state alone: only a refusal of its own (retry) counts an attempt, and only
+# once, though the commit that parked it was in doubt.
 _PARK = """
 -- park
 WITH asked AS MATERIALIZED (
@@ -122,7 +131,7 @@ WITH asked AS MATERIALIZED (
         AS a (id, state, error, reason, max_attempts)
 ), locked AS MATERIALIZED (
     SELECT o.{id} AS id, o.{bucket} AS bucket, {topic} AS topic, {key} AS key
-    FROM {outbox} o WHERE o.{id} = ANY ($1::bigint[]) AND num_nulls(o.{sent_at}) = 1
+    FROM {outbox} o WHERE o.{id} = ANY ($1::bigint[]) AND num_nulls(o.{sent_at}, o.{parked_at}) = 2
     FOR UPDATE SKIP LOCKED
 ), marked AS (
     UPDATE {outbox} AS o SET {parked_at} = now() WHERE o.{id} = ANY (ARRAY(SELECT l.id FROM locked l))
@@ -149,6 +158,12 @@ ON CONFLICT (id) DO UPDATE SET
     error = coalesce(excluded.error, p.error), reason = coalesce(excluded.reason, p.reason)
 RETURNING p.id, p.bucket, p.topic, p.key, p.state, p.attempts,
           extract(epoch FROM p.due_at - now())::float8 AS due_seconds
+"""
+
+_UNPARKED = """
+-- neither sent nor parked
+SELECT o.{id} AS id FROM {outbox} o
+WHERE o.{id} = ANY ($1::bigint[]) AND num_nulls(o.{sent_at}, o.{parked_at}) = 2
 """
 
 # A message like any other, in the transaction in which its original died. What is a copy already isn't copied.
@@ -203,7 +218,7 @@ class ParkingStatements:
             "key": f"o.{quoted(table.key)}::text",
             **{name: quoted(getattr(table, name)) for name in ("id", "sent_at", "parked_at", "bucket")},
         }
-        self.unsettled = Statements(table).unsettled
         self.park = _PARK.format(**names)
+        self.unparked = _UNPARKED.format(**names)
         self.try_again = _TRY.format(**names)
         self.forget_gone = _FORGET_GONE.format(**names)

@@ -274,7 +274,7 @@ class PollingSource:
             self._published.pop(id_, None)
             if self._unmarkable:
                 self._unmarkable.clear(id_)
-        self._parking.committed(settled)
+        self._parking.committed()
         if settled:
             self._telemetry.settled(sorted(settled))
         if leaving:
@@ -328,11 +328,6 @@ def _refused_topics(outcomes: Sequence[Outcome]) -> dict[str, Retry]:
             if outcome.scope is Scope.TOPIC or (rows[topic] >= _MANY_REFUSED and topic not in taken):
                 refused.setdefault(topic, outcome)
     return refused
-
-
-def _line(record: Record) -> Line:
-    """What waits together with this record: its ``(topic, key)``, or the row alone."""
-    return record.id if record.key is None else (record.topic, record.key.decode())
 
 
 def _record(row: asyncpg.Record) -> Record:

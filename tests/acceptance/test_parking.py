@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 import asyncpg
 import pytest
 
+from outbox_relay.errors import SourceUnavailableError
 from outbox_relay.failures import Policies, Policy
 from outbox_relay.message import Delivered, Outcome, Record, Released, Retry, Scope
 from outbox_relay.relay import Claim
@@ -337,3 +338,139 @@ async def test_a_dead_row_is_copied_once_with_its_reason_and_its_copy_is_not(
     await connection.execute("UPDATE outbox SET sent_at = NULL WHERE id > 2")
     await until(source, connection, {1: "dead", 2: "dead", copy["id"]: "dead"}, refused)
     assert await connection.fetchval("SELECT count(*) FROM outbox") == 3
+
+
+# -- transactions that fail, or may have failed
+
+
+async def at_commit(connection: asyncpg.Connection, does: str) -> None:
+    """A relay that has changed ``outbox_parked`` meets this when it commits."""
+    await connection.execute(
+        f"""
+        CREATE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF current_setting('application_name') LIKE 'outbox-relay %' THEN RAISE {does}; END IF;
+            RETURN NULL;
+        END $$;
+        CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT OR UPDATE OR DELETE ON outbox_parked
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION at_commit()
+        """
+    )
+
+
+FAILS = "EXCEPTION 'no' USING ERRCODE = 'admin_shutdown'"
+IS_IN_DOUBT = "WARNING 'canceling wait for synchronous replication due to user request'"
+
+
+async def no_more(connection: asyncpg.Connection) -> None:
+    await connection.execute("DROP FUNCTION at_commit CASCADE")
+
+
+async def unavailable(source: PollingSource) -> bool:
+    try:
+        assert not (await source.claim()).records
+    except SourceUnavailableError:
+        return True
+    return False
+
+
+async def test_what_a_failed_transaction_put_back_still_waits_and_its_followers_behind_it(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(record(1, "a"))
+    await park(connection, 1, "dead")
+    source = await world.source(batch_rows=1)
+    await eventually(lambda: claims_nothing(source), "it has looked")
+    await at_commit(connection, FAILS)
+    await connection.execute("UPDATE outbox_parked SET state = 'retry', due_at = now()")
+    await eventually(lambda: unavailable(source), "a transaction that put the row back has failed")
+    await no_more(connection)
+    await world.insert(record(2, "a"))
+    assert await until(source, connection, {}) == [1, 2]
+
+
+async def test_followers_that_may_skip_are_freed_although_the_first_transaction_failed(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(record(1, "a"), record(2, "a"))
+    await park(connection, 1, "dead")
+    await park(connection, 2, "blocked")
+    await at_commit(connection, FAILS)
+    source = await world.source(policies=Policies(QUICK, Policy(block=False)))
+    await eventually(lambda: unavailable(source), "the transaction that freed it has failed")
+    await no_more(connection)
+    assert await until(source, connection, {1: "dead"}) == [2]
+
+
+async def test_a_refusal_counts_once_although_its_commit_was_in_doubt(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(record(1, "a"), record(2, "a"))
+    source = await world.source(policies=Policies(NEVER, Policy(max_attempts=3)))
+    claim = await eventually(lambda: some(source), "a claim")
+    await at_commit(connection, IS_IN_DOUBT)
+    source.settle(outcomes(claim, refusing(1)))
+    assert await unavailable(source)
+    await no_more(connection)
+    assert await states(connection) == {1: "retry"}, "it was committed"
+    await world.insert(record(3, "a"))
+    assert await until(source, connection, {1: "retry", 2: "blocked", 3: "blocked"}) == []
+    assert await connection.fetchval("SELECT attempts FROM outbox_parked WHERE id = 1") == 1
+
+
+# -- rows that can't be put back
+
+
+async def test_followers_go_on_without_a_pause_between_batches(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(*(record(id_, "a") for id_ in range(1, 101)))
+    for id_ in range(1, 101):
+        await park(connection, id_, "blocked", due_in_seconds=0 if id_ == 1 else None)
+    source = await world.source(batch_rows=10)
+    delivered = await eventually(lambda: step(source), "the first")
+    for _ in range(9):
+        delivered += await step(source)
+    assert delivered == list(range(1, 101))
+
+
+async def test_a_follower_that_a_stranger_has_locked_is_not_tried_all_the_time_nor_are_those_behind_it(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(*(record(id_, "a") for id_ in range(1, 6)), record(10, "b"))
+    for id_ in range(1, 6):
+        await park(connection, id_, "blocked", due_in_seconds=0 if id_ == 1 else None)
+    source = await world.source()
+    async with world.locked([1]):
+        assert await eventually(lambda: step(source), "others flow") == [10]
+        began = time.monotonic()
+        claims = [await source.claim() for _ in range(40)]
+    assert [claim.records for claim in claims if claim.records] == []
+    # One claim finds the followers; the next one is a second later.
+    assert sum(not claim.is_idle for claim in claims) <= 2 + time.monotonic() - began
+    assert await until(source, connection, {}) == [1, 2, 3, 4, 5]
+
+
+async def refuse_to_put_back(connection: asyncpg.Connection, id_: int) -> None:
+    await connection.execute(
+        f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON outbox FOR EACH ROW
+            WHEN (NEW.parked_at IS NULL AND NEW.id = {id_}) EXECUTE FUNCTION refuse()
+        """
+    )
+
+
+@pytest.mark.parametrize("state", ["retry", "topic"])
+async def test_a_row_that_cannot_be_put_back_does_not_keep_those_after_it_waiting(
+    state: str, world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    # Without a key the bucket is the id's, here the same of both; and of a bucket one row is looked at.
+    await world.insert(record(64, None), record(128, None))
+    for id_ in (64, 128):
+        await park(connection, id_, state, due_in_seconds=0 if state == "retry" else None)
+    await refuse_to_put_back(connection, 64)
+    source = await world.source(batch_rows=1)
+    assert await until(source, connection, {64: state}) == [128]
+    await connection.execute("DROP TRIGGER refuse ON outbox")
+    assert await until(source, connection, {}) == [64]
