@@ -130,6 +130,7 @@ async def check(config: Config) -> list[checks.Finding]:
         statement_timeout_seconds=config.database.statement_timeout_seconds,
         publish_deadline_seconds=kafka.publish_deadline_seconds,
         deletes=config.relay.retention_hours is not None,
+        copies=config.relay.dead_letter_topic is not None,
     )
     settings = checks.KafkaSettings(
         kafka.bootstrap_servers,

@@ -173,6 +173,16 @@ class Telemetry:
             " is, as do later rows of its key: mend the row, the constraint or the trigger",
         )
 
+    def row_uncopied(self, record_id: int, topic: str, error: BaseException, why: str) -> None:
+        self._log.error(
+            "row.uncopied",
+            id=record_id,
+            dead_letter_topic=topic,
+            error=type(error).__name__,
+            reason=f"the row is dead, and PostgreSQL refuses its copy for the dead-letter topic ({why}): mend the"
+            " constraint, the trigger or the unique index",
+        )
+
     def claim_dropped(self, rows: int, reason: str) -> None:
         self._log.warning("claim.dropped", rows=rows, reason=reason)
 

@@ -38,6 +38,8 @@ class Needs:
     publish_deadline_seconds: float
     #: Old rows, by ``relay.retention_hours``.
     deletes: bool
+    #: Dead rows, by ``relay.dead_letter_topic``.
+    copies: bool
 
 
 @dataclass(slots=True)

@@ -12,6 +12,9 @@ from outbox_relay.roles import granted
 async def privileges_missing(inspection: Inspection) -> AsyncIterator[Finding]:
     async for found in _lacking(inspection, "outbox_relay", Kind.PRIVILEGE_MISSING):
         yield found
+    if inspection.needs.copies:
+        async for found in _lacking(inspection, "outbox_writer", Kind.PRIVILEGE_MISSING):
+            yield found
     if inspection.needs.deletes:
         async for found in _lacking(inspection, "outbox_pruner", Kind.RETENTION_PRIVILEGE_MISSING):
             yield found
@@ -68,7 +71,8 @@ async def privileges_in_excess(inspection: Inspection) -> AsyncIterator[Finding]
     ):
         yield finding(Kind.ROLE_OWNER, f"the relay's role {inspection.role} owns {inspection.outbox}")
         return
-    roles = ["outbox_relay", *(["outbox_pruner"] if inspection.needs.deletes else [])]
+    needs = inspection.needs
+    roles = ["outbox_relay", *(["outbox_pruner"] if needs.deletes else []), *(["outbox_writer"] if needs.copies else [])]
     for name, privileges in granted(inspection.table, *roles).items():
         excess = await _excess(inspection, name, privileges)
         if excess:

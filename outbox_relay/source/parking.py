@@ -353,14 +353,16 @@ class Parking:
             self._trying.pop(row["id"], None)
             self._lines[row["bucket"] % self._layout_slots].add(_line(row["topic"], row["key"]))
         self._parked += parked
-        copies = {
-            row["id"]: topic
-            for row in parked
-            if row["state"] == "dead"
-            and (topic := self._policies.of(row["topic"]).dead_letter_topic(row["topic"])) is not None
-        }
-        if copies:
-            await self._session.fetch(COPY_DEAD, list(copies), list(copies.values()))
+        for row in parked:
+            if row["state"] == "dead":
+                await self._copy(row["id"], self._policies.of(row["topic"]).dead_letter_topic(row["topic"]))
+
+    async def _copy(self, id_: int, topic: str | None) -> None:
+        """Also where the table refuses it the row is dead, and the others go on."""
+        if topic is not None:
+            _, refused = await self._rows.run([id_], lambda ids: self._session.fetch(COPY_DEAD, *ids, topic))
+            for error in refused.values():
+                self._telemetry.row_uncopied(id_, topic, error, why(error))
 
     async def _make_next_due(self, lines: Sequence[Any]) -> None:
         if lines:

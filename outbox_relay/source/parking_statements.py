@@ -168,20 +168,17 @@ WHERE o.{id} = ANY ($1::bigint[]) AND num_nulls(o.{sent_at}, o.{parked_at}) = 2
 
 # A message like any other, in the transaction in which its original died. What is a copy already isn't copied.
 COPY_DEAD = f"""
--- copy dead letters
+-- copy a dead letter
 INSERT INTO outbox (event_id, topic, key, type, payload, headers)
-SELECT o.event_id, d.topic, o.key, o.type, o.payload,
+SELECT o.event_id, $2, o.key, o.type, o.payload,
        o.headers || jsonb_strip_nulls(jsonb_build_object(
            '{DEAD_LETTER_HEADER}', o.id::text,
            'dead-letter-topic', o.topic,
            'dead-letter-attempts', p.attempts::text,
            'dead-letter-error', p.error,
            'dead-letter-reason', p.reason))
-FROM unnest($1::bigint[], $2::text[]) AS d (id, topic)
-JOIN outbox o ON o.id = d.id
-JOIN outbox_parked p ON p.id = d.id
-WHERE NOT o.headers ? '{DEAD_LETTER_HEADER}'
-ORDER BY o.id
+FROM outbox o JOIN outbox_parked p ON p.id = o.id
+WHERE o.id = $1 AND NOT o.headers ? '{DEAD_LETTER_HEADER}'
 """
 
 _TRY = """

@@ -472,6 +472,18 @@ async def deleting_what_was_sent(stage: Stage) -> None:
 
 
 @case
+async def too_few_privileges_to_copy(stage: Stage) -> None:
+    stage.config["relay"] = {"dead_letter_topic": "{topic}.dead"}
+
+
+@case
+async def copying_what_is_dead(stage: Stage) -> None:
+    """Allowed, for a relay that has relay.dead_letter_topic."""
+    stage.config["relay"] = {"dead_letter_topic": "{topic}.dead"}
+    await stage.execute(f"GRANT outbox_writer_{stage.suffix} TO {{role}}")
+
+
+@case
 async def owner_of_the_table(stage: Stage) -> None:
     await stage.execute("ALTER TABLE outbox OWNER TO {role}")
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 
 import asyncpg
 import pytest
+import structlog
 
 from outbox_relay.errors import SourceUnavailableError
 from outbox_relay.failures import Policies, Policy
@@ -474,3 +475,18 @@ async def test_a_row_that_cannot_be_put_back_does_not_keep_those_after_it_waitin
     assert await until(source, connection, {64: state}) == [128]
     await connection.execute("DROP TRIGGER refuse ON outbox")
     assert await until(source, connection, {}) == [64]
+
+
+async def test_a_copy_that_the_table_refuses_keeps_nothing_from_going_on(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(record(1, "a"), record(2, "b"), record(3, "c"), record(4, "a"))
+    await connection.execute("ALTER TABLE outbox ALTER COLUMN id RESTART WITH 100")
+    await connection.execute("ALTER TABLE outbox ADD CONSTRAINT refuse CHECK (topic <> 't.dead' OR key <> 'a')")
+    source = await world.source(policies=Policies(QUICK, Policy(max_attempts=1, dead_letters="{topic}.dead")))
+    with structlog.testing.capture_logs() as logs:
+        delivered = await until(source, connection, {1: "dead", 2: "dead", 4: "blocked"}, refusing(1, 2))
+    assert [id_ for id_ in delivered if id_ < 100] == [3]
+    copies = await connection.fetch("SELECT key FROM outbox WHERE topic = 't.dead'")
+    assert [row["key"] for row in copies] == ["b"]
+    assert [line["id"] for line in logs if line["event"] == "row.uncopied"] == [1]
