@@ -72,7 +72,11 @@ async def privileges_in_excess(inspection: Inspection) -> AsyncIterator[Finding]
         yield finding(Kind.ROLE_OWNER, f"the relay's role {inspection.role} owns {inspection.outbox}")
         return
     needs = inspection.needs
-    roles = ["outbox_relay", *(["outbox_pruner"] if needs.deletes else []), *(["outbox_writer"] if needs.copies else [])]
+    roles = [
+        "outbox_relay",
+        *(["outbox_pruner"] if needs.deletes else []),
+        *(["outbox_writer"] if needs.copies else []),
+    ]
     for name, privileges in granted(inspection.table, *roles).items():
         excess = await _excess(inspection, name, privileges)
         if excess:
