@@ -103,9 +103,12 @@ def check(path: Path, as_json: bool) -> None:
         settings = config.load(path)
         # What libraries have to say of a failure is among the findings.
         logging.disable()
-        found = asyncio.new_event_loop().run_until_complete(daemon.check(settings))
+        checked = asyncio.new_event_loop().run_until_complete(daemon.check(settings))
+    found = checked.findings
+    if not as_json and checked.topics is not None:
+        click.echo(findings.topics_in_words(checked.topics))
     if as_json:
-        click.echo(findings.as_json(found))
+        click.echo(findings.as_json(checked))
     elif sys.stdout.isatty():
         click.echo(findings.as_table(found, shutil.get_terminal_size().columns))
     else:

@@ -121,7 +121,7 @@ def kafka_security_of(config: Config) -> KafkaSecurity:
     )
 
 
-async def check(config: Config) -> list[checks.Finding]:
+async def check(config: Config) -> checks.Checked:
     """What is wrong with the servers and the tables that the configuration names."""
     kafka = config.kafka
     needs = checks.Needs(

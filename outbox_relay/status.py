@@ -34,8 +34,8 @@ WINDOWS = 100
 WINDOW_IDS = 500
 #: The topics that have the most of these are told.
 MOST_TOPICS = 10
-#: Of paused topics so many are told.
-MOST_PAUSED = 100
+#: Of topics that are paused or refused so many are told.
+MOST_WAITING = 100
 #: No statement runs longer, whatever the relay may take.
 MOST_SECONDS = 5.0
 
@@ -115,6 +115,17 @@ SELECT p.topic, extract(epoch FROM now() - p.paused_at)::float8 AS since_seconds
 FROM outbox_pause p ORDER BY p.topic LIMIT $1
 """
 
+# What is refused is one row of each lane; the others are parked for it, and have the reason that was known then.
+_REFUSED = """
+-- refused topics
+SELECT p.topic, count(*) AS rows, extract(epoch FROM now() - min(p.parked_at))::float8 AS since_seconds,
+       (array_agg(p.error ORDER BY p.id) FILTER (WHERE p.error IS NOT NULL))[1] AS error,
+       (array_agg(p.reason ORDER BY p.id) FILTER (WHERE p.error IS NOT NULL))[1] AS reason
+FROM (SELECT w.id, w.topic, w.state, w.parked_at, w.error, w.reason FROM outbox_parked w LIMIT $1) AS p
+WHERE p.state = 'topic' AND NOT EXISTS (SELECT FROM outbox_pause s WHERE s.topic = p.topic)
+GROUP BY p.topic ORDER BY p.topic LIMIT $2
+"""
+
 _ALIVE = "r.renewed_at > now() - make_interval(secs => r.lease_seconds)"
 
 _RELAYS = f"""
@@ -188,6 +199,17 @@ class Paused:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """A topic that can't be written to, and isn't paused: so many rows are parked for it, and why."""
+
+    topic: str
+    rows: int
+    since_seconds: float
+    error: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class RelayAlive:
     """One whose lease hasn't run out. ``ready``: it reaches Kafka. ``connected``: its session is there; None behind a
     connection pooler, where that isn't known."""
@@ -232,6 +254,7 @@ class Status:
     topics: Topics
     parked: Parked
     paused: list[Paused]
+    refused: list[Refused]
     relays: list[RelayAlive]
     slots: SlotsOwned
     rates: Rates
@@ -297,7 +320,8 @@ async def read_on(session: Session, table: OutboxTable, window: Callable[[], Awa
                 rows, looked_at + await _estimated_rest(session, statements, layout.buckets, share, after.last_id)
             )
         parked = dict(await one(session, _PARKED, MOST_COUNTED + 1))
-        paused = await session.fetch(_PAUSED, MOST_PAUSED)
+        paused = await session.fetch(_PAUSED, MOST_WAITING)
+        refused = await session.fetch(_REFUSED, MOST_COUNTED + 1, MOST_WAITING)
         relays = await session.fetch(_RELAYS)
         without_owner = await session.fetch(_WITHOUT_OWNER)
     rates = rates_of(before, after, new["rows"])
@@ -306,6 +330,7 @@ async def read_on(session: Session, table: OutboxTable, window: Callable[[], Awa
         Topics(looked_at, [Topic(topic["topic"], topic["rows"]) for topic in topics]),
         Parked(parked.pop("looked_at") <= MOST_COUNTED, **parked),
         [Paused(**pause) for pause in paused],
+        [Refused(**topic) for topic in refused],
         [RelayAlive(**relay) for relay in relays],
         SlotsOwned(layout.slots, [row["slot"] for row in without_owner]),
         rates,
@@ -418,6 +443,10 @@ def as_tables(status: Status) -> Iterator[str]:
         )
     for paused in status.paused:
         yield f"Paused    {printable(paused.topic)}, for {span(paused.since_seconds)}: {printable(paused.reason)}"
+    for refused in status.refused:
+        why = ", ".join(printable(text) for text in (refused.error, refused.reason) if text) or "no error is known"
+        rows = f"{refused.rows:,} row{'s' * (refused.rows != 1)}"
+        yield f"Refused   {printable(refused.topic)}, {rows} for {span(refused.since_seconds)}: {why}"
     alone = status.slots.without_owner
     yield (
         f"Slots     {status.slots.count - len(alone)} of {status.slots.count} owned"

@@ -9,13 +9,13 @@ import asyncpg
 
 from outbox_relay.checks import backlog, kafka, pooler, privileges, server, tables
 from outbox_relay.checks.backlog import TopicBacklog
-from outbox_relay.checks.findings import Finding, Kind, finding
+from outbox_relay.checks.findings import Checked, Finding, Kind, finding
 from outbox_relay.checks.inspection import Inspection, Needs, relations, said
 from outbox_relay.checks.kafka import KafkaSettings
 from outbox_relay.source.session import FAILURES, Database
 from outbox_relay.source.statements import OutboxTable
 
-__all__ = ["Finding", "KafkaSettings", "Kind", "Needs", "run"]
+__all__ = ["Checked", "Finding", "KafkaSettings", "Kind", "Needs", "run"]
 
 _NAME = "outbox-relay check"
 
@@ -31,10 +31,11 @@ _UNREADABLE = {
 }
 
 
-async def run(database: Database, table: OutboxTable, needs: Needs, settings: KafkaSettings) -> list[Finding]:
+async def run(database: Database, table: OutboxTable, needs: Needs, settings: KafkaSettings) -> Checked:
     """All findings. Raises OSError where a file or a secret that the configuration names can't be read."""
     findings, waiting = await _database(database, table, needs)
-    return [*findings, *await kafka.check(settings, waiting)]
+    of_kafka = await kafka.check(settings, waiting)
+    return Checked([*findings, *of_kafka.findings], of_kafka.topics)
 
 
 async def _database(database: Database, table: OutboxTable, needs: Needs) -> tuple[list[Finding], list[TopicBacklog]]:

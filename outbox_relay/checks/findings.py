@@ -19,6 +19,9 @@ EXIT_ERRORS = 1
 #: A server could not be used, so that not everything was checked (EX_UNAVAILABLE of sysexits.h).
 EXIT_UNAVAILABLE = 69
 
+#: Of the topics that were looked at so many are named.
+_MOST_TOPICS = 20
+
 
 class Level(Enum):
     """An error: some message will wait, or a guarantee doesn't hold. A warning: one day it may be so."""
@@ -207,6 +210,14 @@ def finding(kind: Kind, found: str, **names: Any) -> Finding:
     return Finding(kind, found, kind.advice.format(**names))
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """``topics`` were looked at; None where Kafka couldn't be asked."""
+
+    findings: list[Finding]
+    topics: list[str] | None
+
+
 def exit_code(findings: Sequence[Finding]) -> int:
     kinds = {found.kind for found in findings}
     if kinds & set(_UNREACHABLE):
@@ -238,7 +249,14 @@ def as_table(findings: Sequence[Finding], width: int) -> str:
     return "\n".join([*lines, _count(findings)])
 
 
-def as_json(findings: Sequence[Finding]) -> str:
+def topics_in_words(topics: Sequence[str]) -> str:
+    if not topics:
+        return "topics looked at: none; name them in kafka.allowed_topics"
+    more = len(topics) - _MOST_TOPICS
+    return f"topics looked at: {', '.join(topics[:_MOST_TOPICS])}{f' and {more} more' if more > 0 else ''}"
+
+
+def as_json(checked: Checked) -> str:
     shown = [
         {
             "level": found.kind.level.value,
@@ -246,9 +264,9 @@ def as_json(findings: Sequence[Finding]) -> str:
             "found": found.found,
             "what_to_do": found.advice,
         }
-        for found in findings
+        for found in checked.findings
     ]
-    return json.dumps({"findings": shown}, ensure_ascii=False)
+    return json.dumps({"findings": shown, "topics": checked.topics}, ensure_ascii=False)
 
 
 def _count(findings: Sequence[Finding]) -> str:

@@ -15,7 +15,7 @@ from aiokafka.protocol.admin import DescribeConfigsRequest
 from aiokafka.protocol.transaction import InitProducerIdRequest
 
 from outbox_relay.checks.backlog import TopicBacklog
-from outbox_relay.checks.findings import Finding, Kind, finding
+from outbox_relay.checks.findings import Checked, Finding, Kind, finding
 from outbox_relay.checks.kafka_protocol import OLDEST_KAFKA, WRITE, TopicMetadataRequest
 from outbox_relay.kafka_security import KafkaSecurity
 from outbox_relay.publisher import REQUEST_BYTES, is_allowed
@@ -52,7 +52,7 @@ class _Topic:
         return f"topic {self.backlog.topic}"
 
 
-async def check(settings: KafkaSettings, backlog: Sequence[TopicBacklog]) -> list[Finding]:
+async def check(settings: KafkaSettings, backlog: Sequence[TopicBacklog]) -> Checked:
     """All findings, within the two timeouts of the settings. Raises OSError where a file or secret can't be read."""
     findings = [*_not_allowed(settings, backlog), *_illegal(settings, backlog)]
     arguments = {**settings.security.arguments(), "client_id": settings.client_id}
@@ -62,10 +62,11 @@ async def check(settings: KafkaSettings, backlog: Sequence[TopicBacklog]) -> lis
     except (kafka_errors.KafkaConnectionError, TimeoutError):
         servers = ", ".join(settings.bootstrap_servers)
         reason = await settings.security.refusal(settings.bootstrap_servers) or f"no broker answers at {servers}"
-        return [*findings, finding(Kind.KAFKA_UNREACHABLE, reason)]
+        return Checked([*findings, finding(Kind.KAFKA_UNREACHABLE, reason)], None)
+    topics = {topic.topic: topic for topic in _to_be_written(settings, backlog)}
     try:
         async with asyncio.timeout(settings.request_timeout_seconds):
-            findings += [found async for found in _ask(connection, settings, backlog, arguments)]
+            findings += [found async for found in _ask(connection, settings, topics, arguments)]
     except (kafka_errors.IncompatibleBrokerVersion, NotImplementedError):
         found = f"the broker at {connection.host}:{connection.port} lacks requests that the relay needs"
         findings.append(finding(Kind.KAFKA_TOO_OLD, found, oldest=OLDEST_KAFKA))
@@ -74,7 +75,7 @@ async def check(settings: KafkaSettings, backlog: Sequence[TopicBacklog]) -> lis
         findings.append(finding(Kind.KAFKA_FAILED, reason, setting="kafka.request_timeout_seconds"))
     finally:
         connection.close()
-    return findings
+    return Checked(findings, sorted(topics))
 
 
 async def _connect(settings: KafkaSettings, arguments: Mapping[str, Any]) -> AIOKafkaConnection:
@@ -91,10 +92,9 @@ async def _connect(settings: KafkaSettings, arguments: Mapping[str, Any]) -> AIO
 async def _ask(
     connection: AIOKafkaConnection,
     settings: KafkaSettings,
-    backlog: Sequence[TopicBacklog],
+    topics: Mapping[str, TopicBacklog],
     arguments: Mapping[str, Any],
 ) -> AsyncIterator[Finding]:
-    topics = {topic.topic: topic for topic in _to_be_written(settings, backlog)}
     metadata = (await connection.send(TopicMetadataRequest(list(topics)))).to_object()
     async for found in _unreachable(metadata["brokers"], settings, arguments):
         yield found

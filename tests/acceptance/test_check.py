@@ -98,7 +98,7 @@ class Stage:
         """What a pipe gets, and the exit code."""
         path = self.directory / "config.toml"
         path.write_text(toml(self.config))
-        found = await daemon.check(config.load(path))
+        found = (await daemon.check(config.load(path))).findings
         text = findings.as_lines(found)
         for name, here in sorted(self.names.items(), key=lambda item: -len(item[1])):
             text = text.replace(here, f"{{{name}}}")
@@ -706,11 +706,25 @@ async def test_a_sound_set_up_exits_0_and_one_with_an_error_1(stage: Stage) -> N
     path = stage.directory / "config.toml"
     path.write_text(toml(stage.config))
     done = await asyncio.to_thread(run, *command(path))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "0 errors, 0 warnings\n", "")
-    await stage.insert("none")
+    looked_at = f"topics looked at: {stage.topic}"
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{looked_at}\n0 errors, 0 warnings\n", "")
+    await stage.insert("another")
+    done = await asyncio.to_thread(run, *command(path, "--json"))
+    assert json.loads(done.stdout)["topics"] == sorted(["another", stage.topic])
     done = await asyncio.to_thread(run, *command(path))
     assert (done.returncode, done.stderr) == (1, "")
-    assert done.stdout.startswith("error topic-forbidden: ")
+    assert done.stdout.splitlines()[1].startswith("error topic-forbidden: ")
+
+
+async def test_that_no_topic_was_looked_at_is_said(stage: Stage) -> None:
+    path = stage.directory / "config.toml"
+    path.write_text(toml(stage.config))
+    await stage.execute("DELETE FROM outbox")
+    done = await asyncio.to_thread(run, *command(path))
+    assert (done.returncode, done.stdout.splitlines()) == (
+        0,
+        ["topics looked at: none; name them in kafka.allowed_topics", "0 errors, 0 warnings"],
+    )
 
 
 def test_servers_that_are_down_are_findings_on_stdout(unreachable: Path) -> None:
@@ -726,6 +740,7 @@ def test_servers_that_are_down_are_findings_on_stdout(unreachable: Path) -> None
 def test_json(unreachable: Path) -> None:
     done = run(*command(unreachable, "--json"))
     assert (done.returncode, done.stderr) == (EXIT_UNAVAILABLE, "")
+    assert json.loads(done.stdout)["topics"] is None
     found = json.loads(done.stdout)["findings"]
     assert [(one["level"], one["code"]) for one in found] == [
         ("error", "database-unreachable"),

@@ -18,6 +18,7 @@ from outbox_relay.servers import Kafka
 from outbox_relay.source import session
 from outbox_relay.source.statements import OUTBOX, OutboxTable
 from outbox_relay.status import Forecast, Status, Topic
+from tests.acceptance import parked
 from tests.acceptance.relays import SLOTS, drained, new_topic, owned, relay_process
 from tests.acceptance.test_existing_tables import COLUMNS, DEBEZIUM, adopt, write_config
 from tests.conftest import Database
@@ -134,6 +135,26 @@ async def test_rows_that_wait_are_no_backlog(outbox_database: Database) -> None:
     counts = {name: getattr(found.parked, name) for name in status._STATES}
     assert counts == {"retry": 2, "trying": 0, "blocked": 2, "topic": 2, "dead": 1, "discarded": 1}
     assert (found.parked.is_exact, found.parked.blocked_keys) == (True, 3)
+
+
+async def test_topics_that_wait_are_told_with_why(outbox_database: Database) -> None:
+    connection = await outbox_database.connect()
+    for topic, error, reason in (
+        ("orders", None, None),  # parked for the topic, without an error of its own
+        ("orders", "UnknownTopicOrPartitionError", "create the topic"),
+        ("payments", "TopicAuthorizationFailedError", "allow it"),
+        ("stopped", None, None),
+    ):
+        row = await parked.insert(connection, topic, "k")
+        await parked.park(connection, row, "topic", error=error, reason=reason)
+    await parked.dead(connection, "orders", "k")
+    await connection.execute("INSERT INTO outbox_pause (topic, reason) VALUES ('stopped', 'moved')")
+    found = await read(outbox_database)
+    assert [(one.topic, one.rows, one.error, one.reason) for one in found.refused] == [
+        ("orders", 2, "UnknownTopicOrPartitionError", "create the topic"),
+        ("payments", 1, "TopicAuthorizationFailedError", "allow it"),
+    ]
+    assert [paused.topic for paused in found.paused] == ["stopped"]
 
 
 async def test_relays_and_what_they_own(outbox_database: Database, kafka: Kafka) -> None:

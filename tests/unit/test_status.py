@@ -16,6 +16,7 @@ from outbox_relay.status import (
     Parked,
     Paused,
     Rates,
+    Refused,
     RelayAlive,
     SlotsOwned,
     Status,
@@ -77,6 +78,7 @@ BUSY = Status(
         oldest_dead_seconds=9.0,
     ),
     [Paused("bad\x1b[2J", 7200.0, "moved")],
+    [Refused("payments", 80, 180.0, "UnknownTopicOrPartitionError", "create\x1b[2J the topic")],
     [
         RelayAlive(7, "orders-1", ready=True, connected=True, heartbeat_seconds=0.41, slots=[0, 1, 2, 4]),
         RelayAlive(8, "orders-2", ready=False, connected=None, heartbeat_seconds=130.0, slots=[]),
@@ -94,6 +96,7 @@ def test_a_person_gets_tables() -> None:
         "Forecast  shrinking; gone in 2.0 h at these rates\n"
         "Parked    2 retry, 1,100 blocked, 1 dead; 2 keys are blocked; the oldest dead for 9.0 s\n"
         "Paused    bad\\x1b[2J, for 2.0 h: moved\n"
+        "Refused   payments, 80 rows for 3.0 min: UnknownTopicOrPartitionError, create\\x1b[2J the topic\n"
         "Slots     12 of 16 owned; the rows of these wait: 8-10 15\n"
         "\n"
         "TOPIC            ROWS\n"
@@ -112,7 +115,7 @@ def test_what_is_estimated_says_so() -> None:
     huge = dataclasses.replace(BUSY, backlog=Backlog(999_000, is_exact=False, oldest_seconds=None), relays=[])
     lines = list(status.as_tables(huge))
     assert lines[0] == "Backlog   about 999,000 rows"
-    assert lines[7] == "TOPIC            ROWS OF THE 1,280 LOOKED AT"
+    assert lines[8] == "TOPIC            ROWS OF THE 1,280 LOOKED AT"
     assert lines[-1] == "No relay is alive."
 
 
@@ -139,6 +142,11 @@ def test_a_pipe_gets_a_fact_a_line_by_the_names_of_the_json() -> None:
         "paused.0.topic bad\\x1b[2J",
         "paused.0.since_seconds 7200.0",
         "paused.0.reason moved",
+        "refused.0.topic payments",
+        "refused.0.rows 80",
+        "refused.0.since_seconds 180.0",
+        "refused.0.error UnknownTopicOrPartitionError",
+        "refused.0.reason create\\x1b[2J the topic",
         "relays.0.relay_id 7",
         "relays.0.name orders-1",
         "relays.0.ready yes",
@@ -168,8 +176,9 @@ def test_every_field_is_documented() -> None:
     fields = [f"{table}.{field}" for table, fields in found.items() if isinstance(fields, dict) for field in fields] + [
         "relays",
         "paused",
+        "refused",
     ]
     assert sorted(documented) == sorted(fields)
-    for name, inner in (("relays", RelayAlive), ("topics.most", Topic), ("paused", Paused)):
+    for name, inner in (("relays", RelayAlive), ("topics.most", Topic), ("paused", Paused), ("refused", Refused)):
         mentioned = re.findall(r"`([a-z_]+)`", documented[name])
         assert mentioned == [field.name for field in dataclasses.fields(inner)]
