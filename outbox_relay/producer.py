@@ -50,7 +50,6 @@ class Producer:
         self._client = producer.client
         self._cluster = producer.client.cluster
         self._connect_timeout_seconds = connect_timeout_seconds
-        producer._message_accumulator._batch_ttl = math.inf
         self._requests: set[asyncio.Task[Any]] = set()
         #: Of the batch that is out: how often it was sent, and how often Kafka wrote it nowhere for want of replicas.
         self._tries: Counter[Partition] = Counter()
@@ -65,6 +64,7 @@ class Producer:
     async def connect(cls, settings: Mapping[str, Any], connect_timeout_seconds: float) -> Producer:
         """A producer that knows all topics. Raises :class:`PublisherUnavailableError` within the timeout."""
         producer = cls(AIOKafkaProducer(**settings), connect_timeout_seconds)
+        producer._producer._message_accumulator._batch_ttl = math.inf
         try:
             async with asyncio.timeout(connect_timeout_seconds):
                 await producer._start(len(settings["bootstrap_servers"]))

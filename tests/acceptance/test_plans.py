@@ -581,12 +581,11 @@ def rewritten(label: str, *replacements: tuple[str, str]) -> Rewrite:
 
 
 SEQSCAN = rewritten("own", ("set_config('enable_seqscan', 'off', true)", "NULL"))
-BITMAPSCAN = rewritten("own", ("set_config('enable_bitmapscan', 'off', true)", "NULL"))
 WHOLE_BATCHES = rewritten("claim", ("LIMIT $2", "LIMIT $3"), ("count(*) = $2", "count(*) = $2 AND false"))
 COMPARED = rewritten(
     "claim", ('o."id" NOT IN (SELECT held.id FROM unnest($4::bigint[]) AS held (id))', 'o."id" <> ALL ($4::bigint[])')
 )
-IS_NULL = rewritten("settle", ('num_nulls(o."sent_at") = 1', 'o."sent_at" IS NULL'))
+IS_NULL = rewritten("settle", ('num_nulls(o."sent_at") = 1', 'o."sent_at" IS NULL AND o."parked_at" IS NULL'))
 
 
 # In brackets the buffers a row, where the claim as it is costs at most 5.8.
@@ -597,7 +596,6 @@ IS_NULL = rewritten("settle", ('num_nulls(o."sent_at") = 1', 'o."sent_at" IS NUL
             lambda statement: BY_ID if "\n-- claim\n" in statement else statement, SLOTS, None, id="by-id (308)"
         ),
         pytest.param(WHOLE_BATCHES, SLOTS, None, id="a-batch-from-each-bucket (44)"),
-        pytest.param(BITMAPSCAN, 1, "force_custom_plan", id="bitmap-scans (24)"),
         pytest.param(COMPARED, 1, None, id="what-waits-compared-with-each-row (5.8)"),
     ],
 )
