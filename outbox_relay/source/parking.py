@@ -110,6 +110,7 @@ class Parking:
         # By slot, a hash of each line that has parked rows, or had; rows without a key count as one line.
         self._lines: dict[int, set[int]] = defaultdict(set)
         self._trying: dict[int, _Tried] = {}  # by id
+        self._freed: list[asyncpg.Record] = []  # lines with followers that needn't wait any more
         self._refused: dict[int, _Refused] = {}  # by id, to be parked
         self._topics: set[str] = set()  # those that have rows parked for their sake
         self._unproven: dict[str, Retry | None] = {}  # topics that took nothing since they refused everything
@@ -184,6 +185,7 @@ class Parking:
             self._epochs.clear()
             self._lines.clear()
             self._trying.clear()
+            self._freed.clear()
         self._is_sure = False
         for slot in [slot for slot, epoch in self._epochs.items() if epochs.get(slot) != epoch]:
             self._forget(slot)
@@ -191,28 +193,28 @@ class Parking:
             slot, epoch = refused.ownership
             if epochs.get(slot) != epoch:
                 del self._refused[id_]  # its new owner tries it
-        new = epochs.keys() - self._epochs.keys()
-        mine = [bucket for bucket in buckets if bucket % self._layout_slots in new]
-        freed: set[str] = set()
-        for row in await self._session.fetch(LEARN, mine) if mine else ():
-            slot, topic = row["bucket"] % self._layout_slots, row["topic"]
+        for slot in epochs.keys() - self._epochs.keys():
+            # One at a time, since millions may wait.
+            await self._learn(slot, [bucket for bucket in buckets if bucket % self._layout_slots == slot])
+            self._look_at = 0.0
+        self._epochs.update(epochs)
+
+    async def _learn(self, slot: int, buckets: Sequence[int]) -> None:
+        for row in await self._session.fetch(LEARN, buckets):
+            topic = row["topic"]
             self._lines[slot].add(_line(topic, row["key"]))
             self._trying.update(dict.fromkeys(row["trying"] or (), _Tried(slot, row["refused"])))
             if row["for_topic"]:
                 self._topics.add(topic)
                 self._unproven.setdefault(topic, None)
             if row["blocked"] and not self._policies.of(topic).block:
-                freed.add(topic)
-        if freed:
-            await self._session.fetch(FREE, mine, list(freed))
-        if new:
-            self._look_at = 0.0
-        self._epochs.update(epochs)
+                self._freed.append(row)
 
     def _forget(self, slot: int) -> None:
         del self._epochs[slot]
         self._lines.pop(slot, None)
         self._trying = {id_: tried for id_, tried in self._trying.items() if tried.slot != slot}
+        self._freed = [line for line in self._freed if line["bucket"] % self._layout_slots != slot]
 
     async def settle(self, settled: Collection[int]) -> None:
         """What was sent is done waiting, so that its followers are due; what was refused is parked."""
@@ -245,6 +247,7 @@ class Parking:
         # Also where nothing is remembered: an operator may have given a row another topic, and so another line.
         if time.monotonic() < self._look_at:
             return
+        await self._free()
         # Some that are being tried, or are due, may be gone: deleted, or marked by somebody.
         gone = set(self._trying)
         room = self._batch_rows - len(self._trying)
@@ -267,7 +270,7 @@ class Parking:
                 self._trying.pop(row["id"], None)
             await self._make_next_due(forgotten)
         self._look_seconds = _LOOK_SECONDS if ids else min(_LOOK_CEILING_SECONDS, self._look_seconds * 2)
-        self._look_at = 0.0 if ids else time.monotonic() + self._look_seconds
+        self._look_at = 0.0 if ids or self._freed else time.monotonic() + self._look_seconds
 
     async def hold_back(self, rows: Sequence[asyncpg.Record]) -> set[int]:
         """Park those of a claim that may not be sent now; their ids."""
@@ -309,6 +312,12 @@ class Parking:
         self._paused = topics
 
     # -- pieces
+
+    async def _free(self) -> None:
+        """Some of the followers that needn't wait, so that a claim doesn't take long."""
+        lines, most = self._freed[-self._batch_rows :], self._batch_rows
+        if lines and len(await self._session.fetch(FREE, *_columns(lines), most)) < most:
+            del self._freed[-len(lines) :]
 
     async def _due(self, buckets: Sequence[int], room: int) -> list[int]:
         each = max(1, room // max(1, len(buckets)))

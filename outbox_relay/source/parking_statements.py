@@ -12,13 +12,13 @@ from outbox_relay.source.statements import OutboxTable, quoted, topic_of
 # What a relay has to know of slots that it hasn't had before.
 LEARN = """
 -- learn what is parked
-SELECT p.bucket, p.topic, p.key, bool_or(p.state = 'topic') AS for_topic,
+SELECT p.bucket, p.line, p.topic, p.key, bool_or(p.state = 'topic') AS for_topic,
        array_agg(p.id) FILTER (WHERE p.state = 'trying') AS trying,
        coalesce(bool_or(p.attempts > 0) FILTER (WHERE p.state = 'trying'), false) AS refused,
        bool_or(p.state = 'blocked') AS blocked
 FROM outbox_parked p
 WHERE p.bucket = ANY ($1::smallint[]) AND p.state <> 'discarded'
-GROUP BY p.bucket, p.topic, p.key
+GROUP BY p.bucket, p.line, p.topic, p.key
 """
 
 DUE = """
@@ -68,10 +68,18 @@ WHERE p.id = later.id
 """
 
 # Where followers don't wait any more.
-FREE = """
+FREE = f"""
 -- free followers
 UPDATE outbox_parked p SET state = 'retry', due_at = now()
-WHERE p.bucket = ANY ($1::smallint[]) AND p.topic = ANY ($2::text[]) AND p.state = 'blocked'
+WHERE p.id = ANY (ARRAY(
+    SELECT free.id
+    FROM {_LINES}
+    CROSS JOIN LATERAL (
+        SELECT f.id FROM outbox_parked f WHERE {_OF_LINE} AND f.state = 'blocked' ORDER BY f.id LIMIT $5
+    ) AS free
+    LIMIT $5
+))
+RETURNING p.id
 """
 
 # Rule 3: the first of a line isn't blocked without being due.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import time
@@ -183,6 +184,23 @@ async def test_followers_that_may_skip_from_now_on_are_freed(
     await first.release()
     second = await world.source(policies=Policies(QUICK, Policy(block=False)))
     assert await until(second, connection, {1: "dead"}) == [2, 3]
+
+
+async def test_followers_are_freed_a_batch_at_a_time(world: PostgresWorld, connection: asyncpg.Connection) -> None:
+    await world.insert(*(record(id_, "ab"[id_ % 2]) for id_ in range(1, 41)))
+    await park(connection, 1, "dead")
+    await park(connection, 2, "dead")
+    for id_ in range(3, 41):
+        await park(connection, id_, "blocked")
+    source = await world.source(batch_rows=3, policies=Policies(QUICK, Policy(block=False)))
+    delivered: list[int] = []
+    blocked = [38]
+    while blocked[-1]:
+        delivered += await step(source)
+        blocked.append(list((await states(connection)).values()).count("blocked"))
+    assert max(before - after for before, after in itertools.pairwise(blocked)) == 3
+    delivered += await until(source, connection, {1: "dead", 2: "dead"})
+    assert sorted(delivered) == list(range(3, 41))
 
 
 async def test_a_topic_that_takes_nothing_is_parked_tried_with_one_row_and_goes_on_in_order(
