@@ -15,6 +15,7 @@ CREATE TABLE outbox (
     type        text,
     -- The Kafka value. NULL is a tombstone. text, json and jsonb work too.
     payload     bytea,
+    -- Text to text. Leave replay-of and dead-letter-of to the relay: they mark its copies, so no constraint keeps them out.
     headers     jsonb       NOT NULL DEFAULT '{}',
     created_at  timestamptz NOT NULL DEFAULT now(),
     -- Set by the relay once Kafka has acknowledged the row.

@@ -29,6 +29,7 @@ from outbox_relay.source.parking_statements import MAKE_NEXT_DUE
 from outbox_relay.source.session import Session
 from outbox_relay.source.snapshot import snapshot
 from outbox_relay.source.statements import OUTBOX, OutboxTable, created_at, literal, quoted, topic_columns
+from outbox_relay.text import printable
 
 STATES = ("retry", "trying", "blocked", "topic", "dead", "discarded")
 #: What can be tried again, and what can be given up.
@@ -263,7 +264,7 @@ class DeadLetters:
             rows = await self._session.fetch(statement, id_)
             history = await self._session.fetch(_HISTORY, id_)
         if not rows:
-            raise RefusedError(_not_parked(id_))
+            raise RefusedError(_not_parked(id_) + _done_to_it(history))
         found = dict(rows[0])
         found["slot"] = found.pop("bucket") % layout.slots
         return {**found, "history": [dict(deed) for deed in history]}
@@ -432,6 +433,16 @@ def _refusals() -> Iterator[None]:
         if isinstance(error.__cause__, (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)):
             raise RefusedError(f"the table doesn't take this correction: {error}") from error
         raise
+
+
+def _done_to_it(history: Sequence[asyncpg.Record]) -> str:
+    """What operators did before it was sent or deleted, in the same line."""
+    deeds = [
+        f"{deed['command']} by {printable(deed['by_whom'])} as {printable(deed['by_role'])}"
+        f" at {deed['at']:%Y-%m-%d %H:%M:%S} UTC" + (f" for “{printable(deed['reason'])}”" if deed["reason"] else "")
+        for deed in history
+    ]
+    return f"; what was done to it: {', '.join(deeds)}" if deeds else ""
 
 
 def _not_parked(id_: int) -> str:

@@ -18,6 +18,9 @@ REPLAY_HEADER = "replay-of"
 #: Marks the copy of a dead row in a dead-letter topic; its value is the original's outbox id.
 DEAD_LETTER_HEADER = "dead-letter-of"
 
+#: Of copies alone, so the table can't refuse them; an application leaves them to the relay.
+COPY_HEADERS = (REPLAY_HEADER, DEAD_LETTER_HEADER)
+
 
 @dataclass(frozen=True, slots=True)
 class Record:

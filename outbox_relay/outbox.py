@@ -38,7 +38,7 @@ from sqlalchemy.orm import Session, scoped_session
 
 from outbox_relay import tables
 from outbox_relay.errors import InvalidMessageError, NotInTransactionError
-from outbox_relay.message import RESERVED_HEADERS
+from outbox_relay.message import COPY_HEADERS, RESERVED_HEADERS
 
 try:
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -74,7 +74,7 @@ class Message:
     ``topic``: 1 to 249 of ``a-z A-Z 0-9 . _ -``. ``key``: the Kafka key; messages of one ``(topic, key)`` stay in
     order, without a key no order is promised. ``type`` becomes the header ``type``, ``event_id`` the header ``id`` by
     which consumers de-duplicate. ``headers``: text to text, without the relay's own names (``id``, ``type``,
-    ``outbox-id``, ``created_at``).
+    ``outbox-id``, ``created_at``, ``replay-of``, ``dead-letter-of``).
 
     ``payload`` becomes the Kafka value, and reads as ``bytes | None`` afterwards:
 
@@ -208,7 +208,7 @@ def _checked_headers(headers: object) -> dict[str, str]:
         raise InvalidMessageError(f"headers must be a mapping of str to str, not {_kind(headers)}")
     for name, value in headers.items():
         _check_text("a header's name", name)
-        if name in RESERVED_HEADERS:
+        if name in RESERVED_HEADERS or name in COPY_HEADERS:
             raise InvalidMessageError(f"header {name!r} is one that the relay writes itself: choose another name")
         _check_text(f"header {name!r}", value)
     return dict(headers)

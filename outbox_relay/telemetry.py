@@ -32,7 +32,9 @@ class Telemetry:
         self._retention = _Outage()
         self._delivered = 0
         self._not_delivered = 0
-        self._progress_from = time.monotonic()
+        #: Of the first claim that is counted; None: nothing is, so that no idle time is.
+        self._progress_from: float | None = None
+        self._published_at = 0.0
 
     # -- the process
 
@@ -56,7 +58,7 @@ class Telemetry:
         self._log.error("relay.failed", error=type(error).__name__, reason="a defect of outbox-relay", exc_info=error)
 
     def stopped(self, exit_code: int) -> None:
-        self._say_progress(time.monotonic())
+        self._say_progress(self._published_at)
         self._log.info("relay.stopped", exit_code=exit_code)
 
     # -- outages: one line at the start, one now and then, one at the end
@@ -122,6 +124,15 @@ class Telemetry:
     # -- rows
 
     def claimed(self, records: Sequence[Record]) -> None:
+        now = time.monotonic()
+        if (
+            self._delivered
+            and self._progress_from is not None
+            and now - self._progress_from >= PROGRESS_INTERVAL_SECONDS
+        ):
+            self._say_progress(self._published_at)  # since when there was nothing to send
+        if self._progress_from is None:
+            self._progress_from = now
         self._log.debug("claim.made", rows=len(records), ids=[record.id for record in records])
 
     def published(self, outcomes: Sequence[Outcome]) -> None:
@@ -129,20 +140,24 @@ class Telemetry:
         self._log.debug("claim.published", delivered=len(delivered), ids=delivered)
         self._delivered += len(delivered)
         self._not_delivered += len(outcomes) - len(delivered)
-        now = time.monotonic()
+        now = self._published_at = time.monotonic()
+        if self._progress_from is None:  # claimed before what was said last
+            self._progress_from = now
         if now - self._progress_from >= PROGRESS_INTERVAL_SECONDS:
             self._say_progress(now)
 
     def _say_progress(self, now: float) -> None:
-        if self._delivered or self._not_delivered:
+        if self._progress_from is not None and (self._delivered or self._not_delivered):
+            seconds = now - self._progress_from
             self._log.info(
                 "relay.progress",
                 delivered=self._delivered,
                 not_delivered=self._not_delivered,
-                per_second=round(self._delivered / max(0.001, now - self._progress_from), 1),
+                seconds=round(seconds, 1),
+                per_second=round(self._delivered / max(0.001, seconds), 1),
             )
         self._delivered = self._not_delivered = 0
-        self._progress_from = now
+        self._progress_from = None
 
     def settled(self, ids: Sequence[int]) -> None:
         self._log.debug("claim.settled", rows=len(ids), ids=ids)

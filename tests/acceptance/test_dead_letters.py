@@ -322,6 +322,21 @@ async def test_discarding_asks_for_a_reason(arguments: list[str], message: str, 
     assert await states(connection) == {1: "dead"}
 
 
+async def test_what_was_done_to_a_row_that_was_sent_is_still_shown(outbox_database: Database) -> None:
+    connection = await outbox_database.connect()
+    id_ = await dead(connection, "orders", "ada")
+    await outbox_relay(outbox_database, "dead", "retry", str(id_), "--edit", "--set-header", "a=b", "--yes")
+    # As the relay does.
+    await connection.execute("DELETE FROM outbox_parked; UPDATE outbox SET parked_at = NULL, sent_at = now()")
+    result = await invoke("dead", "show", str(id_), "--database-url", outbox_database.url)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(
+        rf"row {id_} isn't parked; `outbox-relay explain {id_}` says what became of it; what was done to it:"
+        r" dead retry --edit by \S+@\S+ as \w+ at [0-9: -]{19} UTC for “corrected: header a”\n",
+        result.stderr,
+    ), result.stderr
+
+
 async def test_what_is_being_tried_can_not_be_corrected(outbox_database: Database) -> None:
     connection = await outbox_database.connect()
     id_ = await park(connection, await insert(connection, "orders", "ada"), "trying")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from outbox_relay.errors import InvalidMessageError
-from outbox_relay.message import RESERVED_HEADERS
+from outbox_relay.message import COPY_HEADERS, RESERVED_HEADERS
 from outbox_relay.outbox import Message
 
 ID = UUID("0190d7a4-5c6f-7b3a-9f00-0123456789ab")
@@ -205,7 +205,7 @@ def test_a_topic_that_kafka_refuses_is_refused(topic: Any) -> None:
         Message(topic, b"")
 
 
-@pytest.mark.parametrize("name", RESERVED_HEADERS)
+@pytest.mark.parametrize("name", [*RESERVED_HEADERS, *COPY_HEADERS])
 def test_a_header_that_the_relay_writes_is_refused(name: str) -> None:
     with pytest.raises(InvalidMessageError, match=f"header '{name}'.*choose another name"):
         Message("orders", b"", headers={name: "x"})
