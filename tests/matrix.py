@@ -101,7 +101,7 @@ def run(row: Row, python: Python | None) -> Outcome:
             return Outcome(False, f"its virtual environment could not be made, see {log.name}")
         results = REPORTS / f"{row.name}.xml"
         results.unlink(missing_ok=True)
-        pytest: list[str | Path] = [venv / "bin" / "python", "-m", "pytest"]
+        pytest: list[str | Path] = [venv / "bin" / "python", "-m", "pytest", "-n", "2", "--dist", "loadfile"]
         began = time.monotonic()
         code = _code_of(
             [*pytest, f"--ignore={_LEFT_OUT}", f"--junitxml={results}"], log.fileno(), _environment(row), _TESTS_SECONDS
