@@ -153,7 +153,7 @@ class Telemetry:
                 "relay.progress",
                 delivered=self._delivered,
                 not_delivered=self._not_delivered,
-                seconds=round(seconds, 1),
+                seconds=round(seconds, 3),
                 per_second=round(self._delivered / max(0.001, seconds), 1),
             )
         self._delivered = self._not_delivered = 0
