@@ -274,9 +274,14 @@ class Parking:
 
     async def hold_back(self, rows: Sequence[asyncpg.Record]) -> set[int]:
         """Park those of a claim that may not be sent now; their ids."""
-        waits = [wait for row in rows if (wait := self._waits_for_topic(row)) is not None]
+        # Mostly nothing waits, and then this is to cost a row nothing.
+        waits: list[_Wait] = []
+        if self._paused or self._topics or self._unproven:
+            waits = [wait for row in rows if (wait := self._waits_for_topic(row)) is not None]
         waiting = {wait.id for wait in waits}
-        asked = [row for row in rows if row["id"] not in waiting and self._may_be_behind(row)]
+        asked: list[asyncpg.Record] = []
+        if any(self._lines.values()):
+            asked = [row for row in rows if row["id"] not in waiting and self._may_be_behind(row)]
         if asked:
             lines = list(dict.fromkeys((row["bucket"], row["topic"], row["key"]) for row in asked))
             first = await self._session.fetch(FIRST_PARKED, *map(list, zip(*lines, strict=True)))
