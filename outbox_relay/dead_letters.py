@@ -126,6 +126,12 @@ _TO_EDIT = """
 SELECT p.bucket, p.line, p.topic, p.key, p.state FROM outbox_parked p WHERE p.id = $1
 """
 
+# Not waited for with the slot's lock in hand: its relay would wait too, with all of its slots.
+_LOCK_ROW = """
+-- lock the row to edit
+SELECT o.{id} FROM {outbox} o WHERE o.{id} = $1 FOR NO KEY UPDATE NOWAIT
+"""
+
 _EDIT = """
 -- edit
 UPDATE {outbox} AS o SET {assignments} WHERE o.{id} = $1 AND o.{sent_at} IS NULL AND o.{parked_at} IS NOT NULL
@@ -327,6 +333,7 @@ class DeadLetters:
                 )
             statement = _EDIT.format(assignments=", ".join(assignments), **self._names)
             with _refusals():
+                await self._session.fetch(_LOCK_ROW.format(**self._names), id_)
                 found = await self._session.fetch(statement, id_, *arguments)
             if not found:
                 raise RefusedError(f"row {id_} was deleted from the outbox: discard it")
@@ -432,6 +439,10 @@ def _refusals() -> Iterator[None]:
     except SourceUnavailableError as error:
         if isinstance(error.__cause__, (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)):
             raise RefusedError(f"the table doesn't take this correction: {error}") from error
+        if isinstance(error.__cause__, asyncpg.LockNotAvailableError):
+            raise RefusedError(
+                "another session has the row locked: find it in pg_locks, or give the command again"
+            ) from error
         raise
 
 

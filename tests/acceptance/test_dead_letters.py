@@ -353,6 +353,19 @@ async def test_what_is_being_tried_can_not_be_corrected(outbox_database: Databas
     assert await connection.fetchval("SELECT payload FROM outbox") == b"x"
 
 
+async def test_a_row_that_a_stranger_has_locked_is_not_waited_for(outbox_database: Database) -> None:
+    connection = await outbox_database.connect()
+    id_ = await dead(connection, "orders", "ada")
+    opened, letters = on(outbox_database)
+    async with connection.transaction():
+        await connection.execute("SELECT FROM outbox FOR UPDATE")
+        with pytest.raises(RefusedError, match="another session has the row locked"):
+            await letters.edit(id_, Edit(payload=b"y"))
+    await letters.edit(id_, Edit(payload=b"y"))
+    await opened.close()
+    assert await connection.fetchval("SELECT payload FROM outbox") == b"y"
+
+
 # -- a table with names of its own
 
 

@@ -286,7 +286,7 @@ async def test_a_parked_row_that_somebody_deleted_holds_nobody(
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_whatever_is_refused_each_key_goes_in_order_and_nothing_is_stranded(
+async def test_whatever_is_refused_or_fails_each_key_goes_in_order_and_nothing_is_stranded(
     seed: int, world: PostgresWorld, connection: asyncpg.Connection
 ) -> None:
     choose = random.Random(seed)
@@ -295,10 +295,15 @@ async def test_whatever_is_refused_each_key_goes_in_order_and_nothing_is_strande
     rows = {id_: record(id_, choose.choice(["a", "b", "c", None]), topic=choose.choice("tu")) for id_ in range(1, 121)}
     pending = sorted(rows)
     taken: list[Record] = []
+    await at_commit(connection, (FAILS, IS_IN_DOUBT)[seed % 2], 0.05)
     for _ in range(150):
         await world.insert(*(rows[id_] for id_ in pending[:3]))
         del pending[:3]
-        claim = await source.claim()
+        try:
+            claim = await source.claim()
+        except SourceUnavailableError:
+            assert await broken_rules(connection) == {}
+            continue
         bad = {each.id for each in claim.records if choose.random() < 0.2}
         gone = {topic for topic in "tu" if choose.random() < 0.2}
 
@@ -312,6 +317,8 @@ async def test_whatever_is_refused_each_key_goes_in_order_and_nothing_is_strande
             # As after a crash: what was handed back is lost, and all is learnt anew.
             await world.take_away()
         assert await broken_rules(connection) == {}
+
+    await no_more(connection)
 
     async def drained() -> bool:
         claim = await source.claim()
@@ -362,13 +369,15 @@ async def test_a_dead_row_is_copied_once_with_its_reason_and_its_copy_is_not(
 # -- transactions that fail, or may have failed
 
 
-async def at_commit(connection: asyncpg.Connection, does: str) -> None:
-    """A relay that has changed ``outbox_parked`` meets this when it commits."""
+async def at_commit(connection: asyncpg.Connection, does: str, share: float = 1.0) -> None:
+    """A relay that has changed ``outbox_parked`` meets this when it commits, for a share of the rows."""
     await connection.execute(
         f"""
         CREATE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN
-            IF current_setting('application_name') LIKE 'outbox-relay %' THEN RAISE {does}; END IF;
+            IF current_setting('application_name') LIKE 'outbox-relay %' AND random() < {share} THEN
+                RAISE {does};
+            END IF;
             RETURN NULL;
         END $$;
         CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT OR UPDATE OR DELETE ON outbox_parked
