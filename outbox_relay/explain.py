@@ -76,9 +76,10 @@ SELECT count(*) AS rows FROM (
 ) AS before
 """
 
-_PRUNED = """
--- explain: until when rows were deleted
-SELECT l.pruned_until FROM outbox_layout l
+_GONE = """
+-- explain: what is known of a row that is gone
+SELECT l.pruned_until, EXISTS (SELECT FROM outbox_parked p WHERE p.id = $1 AND p.state <> 'discarded') AS holds_others
+FROM outbox_layout l
 """
 
 
@@ -126,7 +127,7 @@ async def explain(session: Session, id_: int, table: OutboxTable = OUTBOX) -> Ex
             layout = await schema.verify(await session.connection())
         rows = await session.fetch(_ROW.format(**names), id_)
         if not rows:
-            return _no_row(id_, (await one(session, _PRUNED))["pruned_until"])
+            return _no_row(id_, await one(session, _GONE, id_))
         row = rows[0]
         if row["sent_at"] is not None:
             return Explanation("sent", [f"It was sent {_at(row['sent_at'], row['now'])}."], {"sent_at": row["sent_at"]})
@@ -154,9 +155,15 @@ async def explain(session: Session, id_: int, table: OutboxTable = OUTBOX) -> Ex
     return _on_its_way(row, slot, owner, before["rows"])
 
 
-def _no_row(id_: int, pruned_until: datetime | None) -> Explanation:
+def _no_row(id_: int, gone: asyncpg.Record) -> Explanation:
     sentences = [f"There is no row {id_}."]
-    if pruned_until is not None:
+    pruned_until = gone["pruned_until"]
+    if gone["holds_others"]:
+        sentences.append(
+            "Somebody deleted it while it waited, and what is behind it waits still:"
+            f" `outbox-relay dead discard {id_} --reason …` lets that go on."
+        )
+    elif pruned_until is not None:
         sentences.append(f"Rows that were sent or discarded before {_time(pruned_until)} have been deleted.")
     return Explanation("no-such-row", sentences, {"pruned_until": pruned_until})
 

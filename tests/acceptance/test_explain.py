@@ -126,6 +126,21 @@ async def test_what_is_decided(outbox_database: Database) -> None:
     )
 
 
+async def test_what_somebody_deleted_while_it_waited(outbox_database: Database) -> None:
+    connection = await outbox_database.connect()
+    first = await dead(connection, "orders", "ada")
+    second = await blocked(connection, "orders", "ada")
+    await connection.execute("DELETE FROM outbox WHERE id = $1", first)
+    assert f"`outbox-relay explain {first}` says what to do" in await said(outbox_database, second)
+    result = await invoke("explain", str(first), "--database-url", outbox_database.url)
+    assert result.output == (
+        f"There is no row {first}.\nSomebody deleted it while it waited, and what is behind it waits still:"
+        f" `outbox-relay dead discard {first} --reason …` lets that go on.\n"
+    )
+    await outbox_relay(outbox_database, "dead", "discard", str(first), "--reason", "deleted", "--yes")
+    assert "What it waited for is done." in await said(outbox_database, second)
+
+
 async def test_who_should_send_it(outbox_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     connection = await outbox_database.connect()
     ids = [await insert(connection, "orders", "ada") for _ in range(4)]
