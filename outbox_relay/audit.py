@@ -8,7 +8,7 @@ import contextlib
 import getpass
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from outbox_relay.source.session import Session
@@ -57,6 +57,11 @@ class Deed:
 async def record(session: Session, deed: Deed, ids: Sequence[int] = ()) -> None:
     """In the transaction that changes these rows."""
     await session.fetch(_RECORD, deed.by_whom, deed.command, deed.selector, len(ids), list(ids), deed.reason)
+
+
+def prepares(session: Session, statements: Iterable[str]) -> None:
+    """Those of a :func:`transaction` that locks something; see :meth:`Session.prepares`."""
+    session.prepares([_SETTINGS, _RECORD, *statements])
 
 
 @contextlib.asynccontextmanager

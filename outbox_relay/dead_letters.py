@@ -323,6 +323,9 @@ class DeadLetters:
         before = await self._session.fetch(_TO_EDIT, id_)
         if not before:
             raise RefusedError(_not_parked(id_))
+        lock_row = _LOCK_ROW.format(**self._names)
+        statement = _EDIT.format(assignments=", ".join(assignments), **self._names)
+        self._session.prepares([lock_row, statement])
         async with self._locked(before[0]["bucket"] % layout.slots):
             rows = await self._session.fetch(_TO_EDIT, id_)
             if not rows or rows[0]["state"] not in RETRIED:
@@ -331,9 +334,8 @@ class DeadLetters:
                     f"row {id_} is {state}, and only a row that is dead or waits to be tried again can be corrected;"
                     f" `outbox-relay explain {id_}` says more"
                 )
-            statement = _EDIT.format(assignments=", ".join(assignments), **self._names)
             with _refusals():
-                await self._session.fetch(_LOCK_ROW.format(**self._names), id_)
+                await self._session.fetch(lock_row, id_)
                 found = await self._session.fetch(statement, id_, *arguments)
             if not found:
                 raise RefusedError(f"row {id_} was deleted from the outbox: discard it")
@@ -383,6 +385,7 @@ class DeadLetters:
             async with self._session.transaction():
                 with self._session.unavailable("read outbox_layout"):
                     self._layout = await schema.verify(await self._session.connection())
+            audit.prepares(self._session, [_LOCK, _RETRY, _DISCARD, MAKE_NEXT_DUE, _TO_EDIT, _EDIT_PARKED])
         return self._layout
 
     async def _payload_type(self) -> str:

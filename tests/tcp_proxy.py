@@ -18,6 +18,9 @@ class TcpProxy:
     port: int  #: of the server
     #: A connection on which the server has said more stands still for good.
     most_bytes_of_answers: float = math.inf
+    #: So many requests are passed on, then a connection stands still, and isn't closed, as if its client were frozen.
+    #: Counts down.
+    requests_until_frozen: float = math.inf
     #: How often something had to wait because it stands still.
     held_up: int = 0
     _own_port: int = 0
@@ -73,7 +76,7 @@ class TcpProxy:
         await self._may_pass()
         server_reader, server_writer = await asyncio.open_connection(self.host, self.port)
         pumps = [
-            asyncio.ensure_future(self._pump(reader, server_writer, math.inf)),
+            asyncio.ensure_future(self._pump_requests(reader, server_writer)),
             asyncio.ensure_future(self._pump(server_reader, writer, self.most_bytes_of_answers)),
         ]
         try:
@@ -83,6 +86,16 @@ class TcpProxy:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _pump_requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while chunk := await reader.read(_CHUNK_BYTES):
+            self.requests_until_frozen -= 1
+            if self.requests_until_frozen < 0:
+                self.held_up += 1
+                await asyncio.Event().wait()
+            await self._may_pass()
+            writer.write(chunk)
+            await writer.drain()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most_bytes: float) -> None:
         passed = 0

@@ -104,6 +104,7 @@ class Parking:
         self._telemetry = telemetry
         self._policies = policies
         self._statements = ParkingStatements(table)
+        session.prepares(self._statements.all())
         self._layout_slots = layout_slots
         self._batch_rows = batch_rows
         self._epochs: dict[int, int] = {}  # the slots of which all is known, by slot

@@ -227,3 +227,22 @@ class ParkingStatements:
         self.unparked = _UNPARKED.format(**names)
         self.try_again = _TRY.format(**names)
         self.forget_gone = _FORGET_GONE.format(**names)
+
+    def all(self) -> list[str]:
+        """Every statement of what waits but ``COPY_DEAD``, which isn't valid for every table: headers may be text."""
+        return [
+            LEARN,
+            DUE,
+            FOLLOWERS,
+            NOT_DUE,
+            POSTPONE,
+            FREE,
+            MAKE_NEXT_DUE,
+            OF_TOPIC,
+            FIRST_PARKED,
+            DONE,
+            self.park,
+            self.unparked,
+            self.try_again,
+            self.forget_gone,
+        ]

@@ -78,6 +78,7 @@ class PollingSource:
         self._layout_slots = layout_slots
         self._batch_rows = batch_rows
         self._statements = Statements(table)
+        session.prepares(self._statements.all())
         self._payload_type: str | None = None
         self._claimed: dict[int, Ownership] = {}  # by id, the claim that is out
         self._published: dict[int, Ownership] = {}  # by id, acknowledged by Kafka and not marked yet

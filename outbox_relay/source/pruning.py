@@ -141,6 +141,7 @@ class Pruner:
         self._look = _LOOK.format(**names)
         self._prune_sent = _PRUNE_SENT.format(noted=_NOTED, **names)
         self._prune_discarded = _PRUNE_DISCARDED.format(noted=_NOTED, **names)
+        session.prepares([_SETTINGS, self._look, self._prune_sent, self._prune_discarded])
 
     async def run(self) -> None:
         """Sweep until cancelled. What keeps it from deleting is reported and waited out."""

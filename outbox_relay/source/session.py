@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import asyncpg
+from asyncpg.prepared_stmt import PreparedStatement
 
 from outbox_relay.errors import SourceRefusedError, SourceUnavailableError
 from outbox_relay.source import handshake
@@ -175,8 +176,19 @@ class Session:
             self._begin += f";SET LOCAL search_path = {quoted(database.schema)}"
         self._application_name = application_name
         self._connection: asyncpg.Connection | None = None
+        # By statement; None until it is prepared on the connection of now.
+        self._prepared: dict[str, PreparedStatement[asyncpg.Record] | None] = {}
         self._warnings: list[str] = []
         self._in_savepoint = False
+
+    def prepares(self, statements: Iterable[str]) -> None:
+        """Have these ready before a transaction begins, as all must be that follow a lock in one.
+
+        asyncpg sends a statement that is new in two parts, and in between neither of the server's deadlines ends a
+        transaction: a process that is frozen there would keep every lock for as long as it lives.
+        """
+        for statement in statements:
+            self._prepared.setdefault(statement, None)
 
     @property
     def connected(self) -> bool:
@@ -188,6 +200,7 @@ class Session:
             with self.unavailable("connect to the database"):
                 self._connection = await self._database.connect(self._application_name)
                 self._connection.add_log_listener(self._remember_warning)
+            self._prepared = dict.fromkeys(self._prepared)
         return self._connection
 
     async def fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
@@ -197,7 +210,10 @@ class Session:
             async with self.transaction():
                 return await self.fetch(statement, *arguments)
         with self.unavailable(statement.lstrip("\n- ").partition("\n")[0]):
-            rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments)
+            prepared = self._prepared.get(statement)
+            rows: list[asyncpg.Record] = (
+                await connection.fetch(statement, *arguments) if prepared is None else await prepared.fetch(*arguments)
+            )
             return rows
 
     @contextlib.asynccontextmanager
@@ -208,6 +224,13 @@ class Session:
         committed here, but a standby may not have it), doesn't count: SourceUnavailableError, the session is gone.
         """
         connection = await self.connection()
+        if new := [statement for statement, prepared in self._prepared.items() if prepared is None]:
+            # In a transaction of their own, whose search_path is the right one.
+            with self.unavailable("prepare statements"):
+                await connection.execute(self._begin)
+                for statement in new:
+                    self._prepared[statement] = await connection.prepare(statement)
+                await connection.execute("COMMIT")
         with self.unavailable("begin"):
             await connection.execute(self._begin)
         try:

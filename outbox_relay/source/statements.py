@@ -69,6 +69,20 @@ class Statements:
         self.read = {type_: _READ.format(locked=locked[type_], **names) for type_ in printed}
         self.identify = _IDENTIFY.format(**names)
 
+    def all(self) -> list[str]:
+        """Every statement of a claim but those of what waits."""
+        return [
+            OWN,
+            self.settle,
+            self.unsettled,
+            RELEASE,
+            self.payload_type,
+            *self.claim.values(),
+            self.candidates,
+            *self.read.values(),
+            self.identify,
+        ]
+
 
 def quoted(name: str) -> str:
     """An identifier for any name."""

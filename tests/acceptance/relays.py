@@ -26,6 +26,7 @@ from outbox_relay.topic_reader import check_topics, read_topics
 from tests.waiting import eventually
 
 SECONDS = 60.0
+_STORY_LINES = 60
 
 Event = dict[str, Any]
 
@@ -70,6 +71,11 @@ class RelayProcess:
     def ids(self, name: str) -> list[int]:
         """The row ids of all events of that name, in their order; needs log level debug."""
         return [id_ for event in self.events(name) for id_ in event["ids"]]
+
+    def story(self) -> str:
+        """What one needs of it when a test failed: the last lines, without those of each claim, and the very last."""
+        told = [json.dumps(event) for event in self.events() if event["level"] != "debug"]
+        return "\n".join([f"{self.name}, its last lines above debug:", *told[-_STORY_LINES:], self._guarded.tail()])
 
     def output(self) -> str:
         """All that it has written since the last start."""
@@ -143,6 +149,9 @@ def relay_process(
         if start:
             process.start()
         yield process
+    except BaseException:
+        sys.stdout.write(f"{process.story()}\n")  # pytest shows it with the failure
+        raise
     finally:
         process.close()
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 import asyncpg
 import pytest
 from aiokafka import AIOKafkaConsumer
+from sqlalchemy import make_url
 
 from outbox_relay import outbox
-from outbox_relay.message import Delivered
+from outbox_relay.errors import SourceUnavailableError
+from outbox_relay.message import Delivered, Record, Retry, Scope
 from outbox_relay.outbox import Message
 from outbox_relay.servers import Kafka, Postgres
+from outbox_relay.source import session
 from outbox_relay.source.polling import PollingSource
 from tests.acceptance.relays import compare, drained, new_topic, relay_process
 from tests.conftest import Database
 from tests.contract.sources import PostgresWorld
 from tests.fakes import record
+from tests.tcp_proxy import TcpProxy
 from tests.waiting import eventually
 
 
@@ -100,6 +108,60 @@ async def test_whoever_lost_a_slot_without_knowing_claims_and_marks_nothing_ther
     assert not (await source.claim()).records
     assert not claim.is_ours()
     assert await world.sent() == before
+
+
+_MANY = 1_000
+
+
+async def test_wherever_a_relay_is_frozen_its_locks_end_with_the_statement_timeout(
+    world: PostgresWorld, database: Database
+) -> None:
+    connection = await database.connect()
+    url = make_url(database.url)
+    async with TcpProxy(url.host or "", url.port or 0) as proxy:
+        through = url.set(port=proxy.own_port).render_as_string(hide_password=False)
+        source = await world.source(lane_database=session.Database(through, 5.0, 0.5))
+        await ready(source, world)
+        # At every request of a claim on a new connection, from the last on: the first ones connect and prepare.
+        requests, frozen = _MANY, 0
+        for number in itertools.count():
+            rows = [record(10 * number, "delivered"), record(10 * number + 1, f"refused {number}")]
+            await world.insert(*rows)
+            claim = await eventually(partial(claim_of, source, rows), "both rows are claimed")
+            source.settle([settled(each) for each in claim])
+            await source.close()
+            proxy.requests_until_frozen = requests - number
+            if number > min(requests, 20):
+                break
+            try:
+                await source.claim()
+                requests -= int(proxy.requests_until_frozen) if not number else 0
+            except SourceUnavailableError:
+                frozen += 1
+            proxy.requests_until_frozen = math.inf
+            await eventually(partial(slots_are_free, connection), f"nobody locks a slot, {number} requests missing")
+    assert frozen > 6, "at begin, own, settle, park, claim and commit"
+
+
+def settled(each: Record) -> Delivered | Retry:
+    return Retry(each, Scope.ROW, "E", "too large") if b"refused" in (each.key or b"") else Delivered(each)
+
+
+async def claim_of(source: PollingSource, rows: Sequence[Record]) -> Sequence[Record]:
+    """A claim with both, if it has; others in it are delivered."""
+    with contextlib.suppress(SourceUnavailableError):
+        claim = await source.claim()
+        if {each.id for each in rows} <= {each.id for each in claim.records}:
+            return claim.records
+        source.settle([Delivered(each) for each in claim.records])
+    return ()
+
+
+async def slots_are_free(connection: asyncpg.Connection) -> bool:
+    with contextlib.suppress(asyncpg.LockNotAvailableError):
+        await connection.execute("SELECT FROM outbox_slot FOR UPDATE NOWAIT")
+        return True
+    return False
 
 
 async def test_a_row_that_becomes_visible_long_after_later_ones_were_sent_is_sent(

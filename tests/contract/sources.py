@@ -118,7 +118,9 @@ class PostgresWorld:
     async def sent(self) -> set[int]:
         return {row["id"] for row in await self._connection.fetch("SELECT id FROM outbox WHERE sent_at IS NOT NULL")}
 
-    async def source(self, *, batch_rows: int = 100, policies: Policies = POLICIES) -> PollingSource:
+    async def source(
+        self, *, batch_rows: int = 100, policies: Policies = POLICIES, lane_database: session.Database | None = None
+    ) -> PollingSource:
         database = session.Database(self._database.url, 5.0, 5.0)
         telemetry = Telemetry()
         slots = Slots(
@@ -130,7 +132,7 @@ class PostgresWorld:
             heartbeat_seconds=0.05,
         )
         source = PollingSource(
-            Session(database, "outbox-relay lane"),
+            Session(lane_database or database, "outbox-relay lane"),
             slots,
             0,
             telemetry,
