@@ -38,6 +38,9 @@ class NotPermittedError(OutboxRelayError):
 class SourceUnavailableError(OutboxRelayError):
     """The database could not be reached, or did not answer in time; nothing was lost, try again later."""
 
+    #: When it was asked, by ``time.monotonic()``; None where nobody noted it.
+    asked_at: float | None = None
+
 
 class SourceRefusedError(SourceUnavailableError):
     """The database refuses this relay, or isn't believed: somebody has to mend what the message names."""

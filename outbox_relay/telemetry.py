@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from outbox_relay.errors import SourceRefusedError
+from outbox_relay.errors import SourceRefusedError, SourceUnavailableError
 from outbox_relay.message import Delivered, Outcome, Record, Retry, Scope
 
 PROGRESS_INTERVAL_SECONDS = 10.0
@@ -65,6 +65,8 @@ class Telemetry:
 
     def database_unavailable(self, error: BaseException, by: object) -> None:
         """``by`` tells apart who uses the database: the outage is over when it works for all who met it."""
+        if isinstance(error, SourceUnavailableError) and self._database.was_over(error.asked_at):
+            return
         # What somebody has to mend is said at once, though the outage may have begun as a lost connection.
         since_seconds = self._database.met(by, str(error) if isinstance(error, SourceRefusedError) else None)
         if since_seconds is not None:
@@ -282,6 +284,11 @@ class _Outage:
         self._began: float | None = None
         self._said: float | None = None
         self._causes: set[str] = set()
+        self._ended: float | None = None
+
+    def was_over(self, asked_at: float | None) -> bool:
+        """Whether what was asked then, and failed later, failed for an outage that is over: it says nothing of now."""
+        return self._ended is not None and asked_at is not None and asked_at < self._ended
 
     def began(self, ago_seconds: float) -> None:
         """It may turn out to be one; nothing is said yet."""
@@ -310,7 +317,8 @@ class _Outage:
         self._met_by.discard(by)
         if self._began is None or self._met_by:
             return None
-        lasted = time.monotonic() - self._began
+        self._ended = time.monotonic()
+        lasted = self._ended - self._began
         self._began = self._said = None
         self._causes.clear()
         return round(lasted, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -288,6 +289,7 @@ class Session:
     @contextlib.contextmanager
     def unavailable(self, doing: str) -> Iterator[None]:
         """Turn any failure of the database within the block into SourceUnavailableError, and drop the session."""
+        asked_at = time.monotonic()
         try:
             yield
         except FAILURES as error:
@@ -298,7 +300,9 @@ class Session:
             if isinstance(error, asyncpg.InsufficientPrivilegeError):
                 detail += "; `outbox-relay check` says what the role lacks"
             kind = SourceRefusedError if _is_refusal(error) else SourceUnavailableError
-            raise kind(f"{doing}: {detail}") from error
+            unavailable = kind(f"{doing}: {detail}")
+            unavailable.asked_at = asked_at
+            raise unavailable from error
         except asyncio.CancelledError:
             # A statement cancelled half-way may leave its backend holding locks.
             self.drop()

@@ -14,6 +14,8 @@ from outbox_relay import logs, repeats
 from outbox_relay.errors import SourceRefusedError, SourceUnavailableError
 from outbox_relay.message import Record, Retry, Scope
 from outbox_relay.repeats import INTERVAL_SECONDS, MOST_LINES, Repeats
+from outbox_relay.servers.ports import free_port
+from outbox_relay.source.session import Database, Session
 from outbox_relay.telemetry import Telemetry
 
 
@@ -94,6 +96,30 @@ def test_what_somebody_has_to_mend_is_said_at_once_and_once_an_outage(
     for number in range(1000):
         telemetry.database_unavailable(SourceRefusedError(f"refused for the {number}th time"), by="lane")
     assert len(lines(capsys)) <= MOST_LINES
+
+
+async def failed_connect() -> SourceUnavailableError:
+    """Each with another text."""
+    session = Session(Database(f"postgresql://127.0.0.1:{free_port()}/orders", 5.0, 5.0), "lane")
+    with pytest.raises(SourceUnavailableError) as failed:
+        await session.connection()
+    return failed.value
+
+
+async def test_what_was_asked_before_an_outage_ended_does_not_begin_another(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One lane tries to connect while the certificate is still wrong, and is told so when another has connected."""
+    logs.configure("info", "json")
+    telemetry = Telemetry(relay="r")
+    before = await failed_connect()
+    telemetry.database_unavailable(SourceRefusedError("the certificate has expired"), by="heartbeat")
+    telemetry.database_available(by="heartbeat")
+    after = await failed_connect()
+    telemetry.database_unavailable(before, by="lane")
+    telemetry.database_unavailable(after, by="lane")
+    reasons = [line["reason"] for line in lines(capsys) if line["event"] == "database.unavailable"]
+    assert reasons == ["the certificate has expired", str(after)]
 
 
 def test_what_another_library_repeats(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
