@@ -17,6 +17,7 @@ class Process:
     def __init__(self, name: str) -> None:
         self.name = name
         self._guarded = Guarded(name)
+        self._last_words: str | None = None
 
     @property
     def directory(self) -> Path:
@@ -37,8 +38,8 @@ class Process:
         return await asyncio.to_thread(self._guarded.wait, seconds)
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL if that doesn't help."""
-        if self.pid:
+        """SIGTERM, and SIGKILL if that doesn't help. Idempotent."""
+        if self.pid and self._last_words is None:
             await asyncio.to_thread(self._guarded.stop, signal.SIGTERM)
 
     def output(self) -> str:
@@ -46,9 +47,11 @@ class Process:
         return self._guarded.output()
 
     def tail(self) -> str:
-        """The last lines of it."""
-        return self._guarded.tail()
+        """The last lines of it, also once it is closed."""
+        return self._guarded.tail() if self._last_words is None else self._last_words
 
     async def close(self) -> None:
-        """End it and delete its directory. Idempotent."""
+        """End it as :meth:`stop` does, and delete its directory. Idempotent."""
+        await self.stop()
+        self._last_words = self.tail()
         await asyncio.to_thread(self._guarded.close)

@@ -6,6 +6,18 @@ from collections.abc import Callable, Mapping
 
 from bench.arms import Arm
 from bench.arms.debezium import Debezium
+from bench.arms.loops import Batched, Textbook
+from bench.arms.ours import Delete, FourProcesses, Mark
 
 #: In the order of tables.
-ARMS: Mapping[str, Callable[[], Arm]] = {arm.name: arm for arm in (Debezium,)}
+ARMS: Mapping[str, Callable[[], Arm]] = {
+    arm.name: arm
+    for arm in (
+        Mark,
+        Delete,
+        FourProcesses,
+        Textbook,
+        Batched,
+        Debezium,
+    )
+}

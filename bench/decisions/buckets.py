@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 import asyncpg
 
+from bench.cpu import cpu_seconds
 from bench.decisions.draining import CPU_AND_RATE, Drain, cpu_and_rate, drain
 from bench.decisions.lanes import Candidate, Watch, opened, relay_all
-from bench.decisions.measuring import AT_MOST_SECONDS, cpu_seconds, interleaved, print_machine, print_table, spread
 from bench.decisions.outboxes import connected, create_outbox, fill, refill
+from bench.measuring import AT_MOST_SECONDS, interleaved, print_machine, print_table, spread
 from outbox_relay import logs
 from outbox_relay.config import Config
 from outbox_relay.message import Delivered, Outcome, Record

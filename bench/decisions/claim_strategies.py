@@ -29,8 +29,8 @@ import asyncpg
 from bench.decisions.candidates import BUCKET_TABLE
 from bench.decisions.draining import CPU_AND_RATE, Drain, cpu_and_rate, drain
 from bench.decisions.lanes import Candidate, Watch, opened, relay_all
-from bench.decisions.measuring import AT_MOST_SECONDS, interleaved, print_machine, print_table, spread
 from bench.decisions.outboxes import connected, create_outbox, fill, refill
+from bench.measuring import AT_MOST_SECONDS, interleaved, print_machine, print_table, spread
 from outbox_relay import daemon, ledger, logs
 from outbox_relay.checker import Report
 from outbox_relay.config import Config

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.cpu import cpu_seconds
 from bench.decisions.lanes import Candidate, Watch, opened, relay_all
-from bench.decisions.measuring import cpu_seconds, ratios, spread
 from bench.decisions.outboxes import connected, refill
+from bench.measuring import ratios, spread
 from outbox_relay import daemon
 from outbox_relay.config import Config
 from outbox_relay.relay import Publisher

@@ -1,4 +1,4 @@
-"""CPU of a server, taking turns, and how the figures of several runs are written down."""
+"""Taking turns, and how the figures of several runs are written down."""
 
 from __future__ import annotations
 
@@ -6,36 +6,12 @@ import os
 import platform
 import statistics
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
 
 #: A script that isn't through by then ends with what it has printed.
 AT_MOST_SECONDS = 350.0
-
-_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU that a process and its descendants have used, those that ended and were waited for included."""
-    parents: dict[int, int] = {}
-    ticks: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        number = int(path.parent.name)
-        parents[number] = int(fields[1])
-        ticks[number] = sum(map(int, fields[11:15]))  # utime, stime, and both of children waited for
-    return sum(count for number, count in ticks.items() if pid in _line_of(number, parents)) / _TICKS_PER_SECOND
-
-
-def _line_of(pid: int, parents: dict[int, int]) -> Iterator[int]:
-    while pid in parents:
-        yield pid
-        pid = parents[pid]
 
 
 def interleaved(arms: Sequence[T], rounds: int) -> Iterator[T]:
