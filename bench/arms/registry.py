@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 
 from bench.arms import Arm
 from bench.arms.debezium import Debezium
+from bench.arms.faststream import Faststream, FaststreamOrdered
 from bench.arms.loops import Batched, Textbook
 from bench.arms.ours import Delete, FourProcesses, Mark
+from bench.arms.txoutbox import Txoutbox
 
 #: In the order of tables.
 ARMS: Mapping[str, Callable[[], Arm]] = {
@@ -19,5 +21,8 @@ ARMS: Mapping[str, Callable[[], Arm]] = {
         Textbook,
         Batched,
         Debezium,
+        Txoutbox,
+        FaststreamOrdered,
+        Faststream,
     )
 }

@@ -1,0 +1,1 @@
+"""faststream-outbox: ``program.py`` is run with an environment of its own."""

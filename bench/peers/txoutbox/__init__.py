@@ -1,0 +1,1 @@
+"""txoutbox: ``program.py`` is run with an environment of its own."""
