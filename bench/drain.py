@@ -14,10 +14,12 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from confluent_kafka import KafkaException
 
 from bench.arms import Arm, Run
+from bench.conditions import CLEAN, Condition
 from bench.cpu import Cpu, peak_rss_mb
 from bench.ledger import LEDGER, Seen, Verdict, compare, read_ledger, read_topic
 from bench.rows import Rows
 from bench.stage import Stage, connected
+from outbox_relay.errors import ServerError
 
 #: Of the backlog, what is left out at the beginning: starting up isn't what is measured.
 WARM_UP = 0.05
@@ -61,14 +63,18 @@ class Drained:
     repeated: int
 
 
-async def drain(stage: Stage, arm: Arm, rows: Rows, *, most_seconds: float | None = None) -> Drained:
+async def drain(
+    stage: Stage, arm: Arm, rows: Rows, *, most_seconds: float | None = None, condition: Condition = CLEAN
+) -> Drained:
     """Write the backlog, have it relayed, and check it; with ``most_seconds`` cut off so long after its beginning.
 
     Raises :class:`RunFailedError`, and ArmUnavailableError where the arm can't be had.
     """
     async with stage.run(rows) as run, prepared(arm, run):
+        await condition.before(run)
         await write_backlog(run, arm, rows.count)
-        return await drain_backlog(stage, arm, run, rows.count, most_seconds=most_seconds)
+        async with condition.during(run):
+            return await drain_backlog(stage, arm, run, rows.count, most_seconds=most_seconds)
 
 
 @asynccontextmanager
@@ -79,7 +85,7 @@ async def prepared(arm: Arm, run: Run) -> AsyncIterator[None]:
             await connection.execute(LEDGER)
         await arm.prepare(run)
         yield
-    except (RunFailedError, TimeoutError, OSError, asyncpg.PostgresError, KafkaException) as error:
+    except (RunFailedError, ServerError, TimeoutError, OSError, asyncpg.PostgresError, KafkaException) as error:
         raise RunFailedError(f"{arm.name}: {error or type(error).__name__}\n{arm.log()}".rstrip()) from error
     finally:
         await arm.stop()

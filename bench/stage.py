@@ -47,18 +47,24 @@ class Stage:
         self.kafka = kafka
         self._number = 0
         self._templates: dict[Rows, str] = {}
+        self._making = asyncio.Lock()
 
     def cpu(self, relay: Sequence[int]) -> Cpu:
         """What has been used until now, by the relay's processes and by the servers, their children included."""
         return Cpu(cpu_seconds(*relay), cpu_seconds(self.postgres.pid), cpu_seconds(self.kafka.pid))
+
+    @property
+    def postgres_log(self) -> Path:
+        """What the server writes, each line with application and database, as ``log_line_prefix`` has it."""
+        return self.postgres.directory / "server.log"
 
     @asynccontextmanager
     async def run(self, rows: Rows) -> AsyncIterator[Run]:
         """A place for one run, with ``bench_rows`` in its database."""
         self._number += 1
         name = f"run{self._number}"
-        template = await self._template(rows)
-        async with connected(self.postgres.url()) as admin:
+        async with self._making, connected(self.postgres.url()) as admin:
+            template = await self._template(rows)
             await admin.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy", timeout=_SECONDS)
         try:
             await self.kafka.create_topic(name, PARTITIONS, TOPIC_SETTINGS)
@@ -68,7 +74,7 @@ class Stage:
             async with connected(self.postgres.url()) as admin:
                 await _drop_slots(admin, name)
                 await admin.execute(f"DROP DATABASE {name} WITH (FORCE)", timeout=_SECONDS)
-            await _delete_topic(self.kafka.bootstrap_servers, name)
+            await _delete_topics(self.kafka.bootstrap_servers, name)
 
     async def _template(self, rows: Rows) -> str:
         if rows not in self._templates:
@@ -140,10 +146,12 @@ async def _drop_slots(admin: asyncpg.Connection, database: str) -> None:
             await admin.execute("SELECT pg_drop_replication_slot($1)", slot["slot_name"])
 
 
-async def _delete_topic(bootstrap_servers: str, topic: str) -> None:
+async def _delete_topics(bootstrap_servers: str, prefix: str) -> None:
+    """Those of a run: an arm may have made more, with the run's name in front."""
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
     try:
         await admin.start()
-        await admin.delete_topics([topic])
+        names = await admin.list_topics()
+        await admin.delete_topics([name for name in names if name == prefix or name.startswith(f"{prefix}-")])
     finally:
         await admin.close()

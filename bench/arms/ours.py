@@ -20,7 +20,7 @@ INSERT INTO outbox (topic, key, type, payload)
 SELECT '{topic}', rows.key, 'OrderPlaced', convert_to(rows.payload, 'UTF8') FROM {rows} ORDER BY rows.n
 """
 
-UNSENT = "SELECT count(*) FROM outbox WHERE sent_at IS NULL"
+UNSENT = "SELECT count(*) FROM outbox WHERE sent_at IS NULL AND parked_at IS NULL"
 
 
 class Ours:

@@ -1,0 +1,177 @@
+"""What is measured, of which arms, how often and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, TypeAlias
+
+from bench.arms import Arm
+from bench.arms.registry import ARMS
+from bench.conditions import CLEAN, Condition, Parked, Sent, XminHeld
+from bench.drain import RunFailedError, drain
+from bench.idle import idle
+from bench.roofs import COMBINATIONS, QUICK_COMBINATIONS, Tried, database_roof, kafka_roof
+from bench.rows import Rows, Spread
+from bench.stage import Stage
+from bench.steady import after_silence, steady, writers_beside
+
+#: One run of an arm: its figures. Raises RunFailedError, and ArmUnavailableError where the arm can't be had.
+Measure: TypeAlias = Callable[[Stage, str], Awaitable[Mapping[str, Any]]]
+
+R_DB, R_KAFKA = "R_db", "R_kafka"
+OURS = ("mark", "delete", "mark, 4 processes")
+LOOPS = ("textbook", "batched")
+PEERS = tuple(name for name in ARMS if name not in (*OURS, *LOOPS))
+
+#: How long a slow arm drains before it is cut off; over five rounds a minute.
+_SLOW_SECONDS = 12.0
+_SLOW_ROWS = 120_000
+#: In these workloads our arm alone is measured, and what takes turns is the state of its table, or the keys.
+_CONDITIONS: Mapping[str, Condition] = {
+    "clean": CLEAN,
+    "10 M sent": Sent(),
+    "100,000 parked": Parked(),
+    "xmin held": XminHeld(),
+}
+_LATE_MS = 1_000.0
+_BEHIND_MS = 100.0
+_SPREADS = {"even": Spread.EVEN, "zipf": Spread.ZIPF, "hot key": Spread.HOT}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The arms take turns, in each second round backwards."""
+
+    name: str
+    measure: Measure
+    arms: Sequence[str]
+    rounds: int
+
+
+def full() -> list[Workload]:
+    """At most an hour, on two quiet cores."""
+    return [
+        Workload("drain_300", _drain(500_000, 300), (*OURS, *LOOPS, *PEERS, R_DB, R_KAFKA), 5),
+        Workload("drain_1024", _drain(200_000, 1024), (*OURS[:2], *LOOPS, *PEERS, R_DB, R_KAFKA), 5),
+        Workload("latency_500", _steady(500, 20), ("mark", *LOOPS, *PEERS), 2),
+        Workload("latency_2000", _steady(2_000, 20), ("mark", "batched", *PEERS), 2),
+        Workload("sustained", _sustained(8), ("mark",), 1),
+        Workload("after_idle", _after_silence(60, places=12, messages=3), ("mark",), 1),
+        Workload("idle", _idle(60), ("mark",), 2),
+        Workload("spread", _spread(200_000), tuple(_SPREADS), 3),
+        Workload("conditions", _condition(200_000), ("clean", "100,000 parked", "xmin held"), 5),
+        Workload("sent", _condition(200_000), ("clean", "10 M sent"), 2),
+        Workload("writers", _writers(10), ("mark",), 2),
+    ]
+
+
+def quick() -> list[Workload]:
+    """A first answer, within three minutes."""
+    arms = ("mark", "delete", *LOOPS, "debezium", R_DB, R_KAFKA)
+    return [
+        Workload("drain_300", _drain(100_000, 300, QUICK_COMBINATIONS, slow_seconds=4), arms, 1),
+        Workload("latency_500", _steady(500, 6), ("mark",), 1),
+        Workload("after_idle", _after_silence(3, places=4, messages=2), ("mark",), 1),
+        Workload("idle", _idle(6), ("mark",), 1),
+    ]
+
+
+def _drain(
+    count: int,
+    size: int,
+    combinations: Sequence[tuple[int, int]] = COMBINATIONS,
+    slow_seconds: float = _SLOW_SECONDS,
+) -> Measure:
+    async def measure(stage: Stage, name: str) -> Mapping[str, Any]:
+        rows = Rows(count, size)
+        if name == R_DB:
+            return _tried(await database_roof(stage, rows, combinations))
+        if name == R_KAFKA:
+            return _tried(await kafka_roof(stage, rows, combinations))
+        arm = ARMS[name]()
+        if arm.slow:
+            return asdict(await drain(stage, arm, Rows(min(count, _SLOW_ROWS), size), most_seconds=slow_seconds))
+        return asdict(await drain(stage, arm, rows))
+
+    return measure
+
+
+def _tried(found: Sequence[Tried]) -> Mapping[str, Any]:
+    return {"tried": [asdict(one) for one in found]}
+
+
+def _steady(rate: float, seconds: float) -> Measure:
+    async def measure(stage: Stage, name: str) -> Mapping[str, Any]:
+        return asdict(await steady(stage, ARMS[name](), rate=rate, seconds=seconds, size=300))
+
+    return measure
+
+
+def _sustained(seconds: float) -> Measure:
+    """The highest rate, of steps of a quarter, at which the last messages arrive as soon as the first."""
+
+    async def measure(stage: Stage, name: str) -> Mapping[str, Any]:
+        kept: dict[str, Any] = {}
+        rate = 2_000.0
+        while True:
+            try:
+                found = await steady(stage, ARMS[name](), rate=rate, seconds=seconds, size=300)
+            except RunFailedError:
+                break
+            late = found.latency_ms["p99"] > _LATE_MS or found.commit_ms["p99"] > _LATE_MS
+            if late or found.behind_ms > _BEHIND_MS:
+                break
+            kept, rate = asdict(found), rate * 1.25
+        if not kept:
+            raise RunFailedError(f"{name} keeps up with not even {rate:,.0f} messages a second")
+        return kept
+
+    return measure
+
+
+def _after_silence(seconds: float, *, places: int, messages: int) -> Measure:
+    async def measure(stage: Stage, name: str) -> Mapping[str, Any]:
+        make = partial(_made, name)
+        return await after_silence(stage, make, silence_seconds=seconds, places=places, messages=messages, size=300)
+
+    return measure
+
+
+def _made(name: str) -> Arm:
+    return ARMS[name]()
+
+
+def _idle(seconds: float) -> Measure:
+    async def measure(stage: Stage, name: str) -> Mapping[str, Any]:
+        return asdict(await idle(stage, ARMS[name](), seconds=seconds))
+
+    return measure
+
+
+def _spread(count: int) -> Measure:
+    async def measure(stage: Stage, name: str) -> Mapping[str, Any]:
+        return asdict(await drain(stage, ARMS["mark"](), Rows(count, 300, _SPREADS[name])))
+
+    return measure
+
+
+def _condition(count: int) -> Measure:
+    async def measure(stage: Stage, name: str) -> Mapping[str, Any]:
+        return asdict(await drain(stage, ARMS["mark"](), Rows(count, 300), condition=_CONDITIONS[name]))
+
+    return measure
+
+
+def _writers(seconds: float) -> Measure:
+    async def measure(stage: Stage, name: str) -> Mapping[str, Any]:
+        return await writers_beside(stage, partial(_made, name), share=0.6, seconds=seconds, size=300)
+
+    return measure
+
+
+def selected(workloads: Sequence[Workload], names: Sequence[str], arms: Sequence[str]) -> list[Workload]:
+    """Those of the names, with those of the arms; all where none are named."""
+    chosen = [workload for workload in workloads if not names or workload.name in names]
+    return [replace(workload, arms=[arm for arm in workload.arms if not arms or arm in arms]) for workload in chosen]
