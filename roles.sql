@@ -1,11 +1,11 @@
 -- Roles with the least that they need: one for applications that write messages, one for the relay, one more for a
--- relay that deletes old messages, and one for those who decide what becomes of messages that Kafka refuses.
+-- relay that deletes messages, and one for those who decide what becomes of messages that Kafka refuses.
 -- Apply after schema.sql, as the owner of its tables, with its schema first on the search_path. For a schema and a table
 -- that a configuration names: outbox-relay schema print --roles --config FILE. Then grant them to the users that log in:
 --
 --     GRANT outbox_writer TO orders_service;
 --     GRANT outbox_relay TO relay;
---     GRANT outbox_pruner TO relay;          -- only where relay.retention_hours is set
+--     GRANT outbox_pruner TO relay;          -- only with relay.retention_hours, or relay.after_publish = "delete"
 --     GRANT outbox_operator TO somebody;
 
 -- Roles belong to the whole server: another database of it may have them already.
@@ -28,8 +28,8 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_relay TO outbox_relay;
 GRANT SELECT, UPDATE (owner, epoch, taken_at) ON outbox_slot TO outbox_relay;
 GRANT SELECT ON outbox_layout TO outbox_relay;
 
--- Only where relay.retention_hours is set does the relay delete what was sent or discarded, and says until when it did.
--- Then its user needs this role too.
+-- Only where relay.retention_hours is set, or relay.after_publish is "delete", does the relay delete what was sent or
+-- discarded, and says until when it did. Then its user needs this role too.
 GRANT DELETE ON outbox TO outbox_pruner;
 GRANT UPDATE (pruned_until) ON outbox_layout TO outbox_pruner;
 

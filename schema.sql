@@ -163,7 +163,7 @@ CREATE TABLE outbox_layout (
     schema_version integer     NOT NULL,
     -- The oldest release of the relay that can work with this schema.
     oldest_relay   text        NOT NULL,
-    -- Rows that were sent or discarded before then may have been deleted. Written with the first of them.
+    -- Rows that were sent or discarded before then may have been deleted. Written with the first of them, or before.
     pruned_until   timestamptz,
 
     CONSTRAINT outbox_layout_pkey PRIMARY KEY (only_row),

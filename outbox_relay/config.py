@@ -365,6 +365,7 @@ class RelayConfig(_Table):
     retry_first_seconds: Seconds = 0.5
     retry_ceiling_seconds: Annotated[Seconds, _at_least("retry_first_seconds")] = 30.0
     max_attempts: Annotated[int, Field(ge=1, le=10_000)] = 10
+    after_publish: Literal["mark", "delete"] = "mark"
     followers: Followers = "block"
     followers_of: dict[Annotated[str, AfterValidator(_topic_or_prefix)], Followers] = Field(default_factory=dict)
     dead_letter_topic: Annotated[str, AfterValidator(_dead_letter_topic)] | None = None

@@ -129,7 +129,8 @@ async def check(config: Config) -> checks.Checked:
         connections=config.relay.claims_in_flight + 1 + (config.relay.retention_hours is not None),
         statement_timeout_seconds=config.database.statement_timeout_seconds,
         publish_deadline_seconds=kafka.publish_deadline_seconds,
-        deletes=config.relay.retention_hours is not None,
+        deletes_sent=config.relay.after_publish == "delete",
+        deletes_old=config.relay.retention_hours is not None,
         copies=config.relay.dead_letter_topic is not None,
     )
     settings = checks.KafkaSettings(
@@ -267,6 +268,7 @@ def _source(
         batch_rows=config.relay.batch_rows,
         policies=policies_of(config),
         table=table_of(config),
+        deletes_sent=config.relay.after_publish == "delete",
     )
 
 

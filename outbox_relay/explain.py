@@ -78,7 +78,8 @@ SELECT count(*) AS rows FROM (
 
 _GONE = """
 -- explain: what is known of a row that is gone
-SELECT l.pruned_until, EXISTS (SELECT FROM outbox_parked p WHERE p.id = $1 AND p.state <> 'discarded') AS holds_others
+SELECT l.pruned_until, l.pruned_until > now() AS deletes_sent,
+       EXISTS (SELECT FROM outbox_parked p WHERE p.id = $1 AND p.state <> 'discarded') AS holds_others
 FROM outbox_layout l
 """
 
@@ -163,6 +164,8 @@ def _no_row(id_: int, gone: asyncpg.Record) -> Explanation:
             "Somebody deleted it while it waited, and what is behind it waits still:"
             f" `outbox-relay dead discard {id_} --reason …` lets that go on."
         )
+    elif gone["deletes_sent"]:
+        sentences.append('Relays delete what they have sent (relay.after_publish = "delete"): it may have been.')
     elif pruned_until is not None:
         sentences.append(f"Rows that were sent or discarded before {_time(pruned_until)} have been deleted.")
     return Explanation("no-such-row", sentences, {"pruned_until": pruned_until})

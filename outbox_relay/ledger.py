@@ -1,7 +1,7 @@
 """What an outbox table says was committed, for the checker.
 
-It reads the whole table, so it needs no index. Rows that retention has deleted are not in it: a check against
-it is complete only where nothing was pruned since the topics began.
+It reads the whole table, so it needs no index. Rows that retention has deleted are not in it, nor those that relays
+delete once they are sent: a check against it is complete only where nothing was deleted since the topics began.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ SELECT max(o.{id}) AS id FROM {outbox} o
 
 _PRUNED = """
 -- replay: until when rows were deleted
-SELECT l.pruned_until FROM outbox_layout l
+SELECT l.pruned_until, l.pruned_until > now() AS deletes_sent FROM outbox_layout l
 """
 
 _STEP = """
@@ -189,7 +189,12 @@ class Replay:
             await audit.record(self._session, Deed("replay", str(self._range)), ids)
 
     async def _refuse_what_was_deleted(self) -> None:
-        ((pruned_until,),) = await self._session.fetch(_PRUNED)
+        ((pruned_until, deletes_sent),) = await self._session.fetch(_PRUNED)
+        if deletes_sent:
+            raise RefusedError(
+                'relays delete what they have sent (relay.after_publish = "delete"), so what is left may have holes:'
+                " have the application write these messages again"
+            )
         if pruned_until is not None and self._range.since < pruned_until:
             raise RefusedError(
                 f"rows that were sent before {pruned_until.isoformat()} may have been deleted, so what is left from"

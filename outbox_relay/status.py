@@ -6,7 +6,8 @@ what is counted is estimated: each bucket's oldest rows are counted, and what co
 of ids, which neither a busy key nor a row that waits from long ago misleads.
 
 There is no index on ``sent_at``. What was sent is what came in less what a counted backlog grew by; an estimate is too
-coarse for that, so there PostgreSQL's statistics say how many rows were updated, a second or so late.
+coarse for that, so there PostgreSQL's statistics say how many rows were updated, a second or so late. Where relays
+delete what they have sent they say how many were deleted: neither look sees what came and went between the two.
 
 What isn't in the database isn't guessed: which rows a relay holds back without parking them is known to that relay
 alone, and in its log.
@@ -53,9 +54,13 @@ _LAST_ID = """
 SELECT o.{id} AS id FROM {outbox} o ORDER BY o.{id} DESC LIMIT 1
 """
 
-_UPDATED = """
--- rows ever updated
-SELECT pg_stat_get_tuples_updated({outbox_text}::regclass) AS rows
+# A relay that deletes what it has sent has pruned_until ahead of the time; retention has it far behind.
+_CHANGED = """
+-- rows ever updated and deleted
+SELECT pg_stat_get_tuples_updated({outbox_text}::regclass) AS updated,
+       pg_stat_get_tuples_deleted({outbox_text}::regclass) AS deleted,
+       extract(epoch FROM l.pruned_until)::float8 AS deleted_until
+FROM outbox_layout l
 """
 
 _NEW = """
@@ -283,7 +288,7 @@ class _Statements:
         self.topics = _TOPICS.format(**names)
         self.long_buckets = _LONG_BUCKETS.format(**names)
         self.in_windows = _IN_WINDOWS.format(**names)
-        self.updated = _UPDATED.format(**names)
+        self.changed = _CHANGED.format(**names)
 
 
 async def read(database: Database, table: OutboxTable, window: Callable[[], Awaitable[None]]) -> Status:
@@ -340,12 +345,15 @@ async def read_on(session: Session, table: OutboxTable, window: Callable[[], Awa
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Of one moment: the unsent rows, counted as far as is allowed, the last id, the rows ever updated."""
+    """Of one moment: the unsent rows, counted as far as is allowed, the last id, the rows ever updated and deleted, and
+    until when rows that were sent may have been deleted."""
 
     at: float
     rows: int
     last_id: int
     updated: int
+    deleted: int
+    deleted_until: float | None
 
     @property
     def is_exact(self) -> bool:
@@ -355,8 +363,8 @@ class Counted:
 async def _counted(session: Session, statements: _Statements) -> Counted:
     count = await one(session, statements.count, MOST_COUNTED + 1)
     last = await session.fetch(statements.last_id)
-    updated = await one(session, statements.updated)
-    return Counted(count["at"], count["rows"], last[0]["id"] if last else _BEFORE_ALL, updated["rows"])
+    changed = await one(session, statements.changed)
+    return Counted(count["at"], count["rows"], last[0]["id"] if last else _BEFORE_ALL, **changed)
 
 
 async def _estimated_rest(session: Session, statements: _Statements, buckets: int, share: int, last_id: int) -> int:
@@ -374,11 +382,14 @@ async def _estimated_rest(session: Session, statements: _Statements, buckets: in
 def rates_of(before: Counted, after: Counted, new: int) -> Rates:
     """``new`` rows have ids from after ``before``."""
     seconds = max(0.001, after.at - before.at)
+    deletes_sent = after.deleted_until is not None and after.deleted_until > before.at
+    deleted = after.deleted - before.deleted if deletes_sent else 0
     if not (before.is_exact and after.is_exact):
-        return Rates(seconds, new / seconds, (after.updated - before.updated) / seconds)
+        return Rates(seconds, new / seconds, (after.updated - before.updated + deleted) / seconds)
     growth = after.rows - before.rows
-    # A row whose transaction was long has an id from before; it shows in the backlog at least.
-    inserted = max(new, growth)
+    # A row whose transaction was long has an id from before; it shows in the backlog at least. One that came and was
+    # deleted shows in neither.
+    inserted = max(new, growth + deleted)
     return Rates(seconds, inserted / seconds, (inserted - growth) / seconds)
 
 

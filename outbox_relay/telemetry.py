@@ -169,15 +169,16 @@ class Telemetry:
             "settle.postponed",
             rows=len(ids),
             first_id=ids[0],
-            reason="published, but another session has the rows locked; they will be marked when it lets go",
+            reason="published, but another session has the rows locked; they are settled when it lets go",
         )
 
-    def row_unmarkable(self, record_id: int, error: BaseException, why: str) -> None:
+    def row_unmarkable(self, record_id: int, error: BaseException, why: str, *, deleting: bool) -> None:
+        what = "deleted" if deleting else "marked as sent"
         self._log.error(
             "row.unmarkable",
             id=record_id,
             error=type(error).__name__,
-            reason=f"published, but PostgreSQL doesn't let it be marked as sent ({why}); it isn't published again while"
+            reason=f"published, but PostgreSQL doesn't let it be {what} ({why}); it isn't published again while"
             " this relay runs: mend the constraint or trigger",
         )
 

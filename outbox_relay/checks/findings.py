@@ -84,6 +84,12 @@ class Kind(Enum):
         W,
         "let the relay log in with a role of its own that has the privileges of `outbox-relay schema print --roles`",
     )
+    DELETE_PRIVILEGE_MISSING = (
+        "delete-privilege-missing",
+        E,
+        "GRANT {grant} TO {role}, or grant it outbox_pruner of `outbox-relay schema print --roles`, or set"
+        ' relay.after_publish = "mark"',
+    )
     RETENTION_PRIVILEGE_MISSING = (
         "retention-privilege-missing",
         W,

@@ -36,8 +36,10 @@ class Needs:
     connections: int
     statement_timeout_seconds: float
     publish_deadline_seconds: float
-    #: Old rows, by ``relay.retention_hours``.
-    deletes: bool
+    #: By ``relay.after_publish``.
+    deletes_sent: bool
+    #: By ``relay.retention_hours``.
+    deletes_old: bool
     #: Dead rows, by ``relay.dead_letter_topic``.
     copies: bool
 

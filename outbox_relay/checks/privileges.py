@@ -15,8 +15,10 @@ async def privileges_missing(inspection: Inspection) -> AsyncIterator[Finding]:
     if inspection.needs.copies:
         async for found in _lacking(inspection, "outbox_writer", Kind.PRIVILEGE_MISSING):
             yield found
-    if inspection.needs.deletes:
-        async for found in _lacking(inspection, "outbox_pruner", Kind.RETENTION_PRIVILEGE_MISSING):
+    needs = inspection.needs
+    if needs.deletes_sent or needs.deletes_old:
+        kind = Kind.DELETE_PRIVILEGE_MISSING if needs.deletes_sent else Kind.RETENTION_PRIVILEGE_MISSING
+        async for found in _lacking(inspection, "outbox_pruner", kind):
             yield found
 
 
@@ -74,7 +76,7 @@ async def privileges_in_excess(inspection: Inspection) -> AsyncIterator[Finding]
     needs = inspection.needs
     roles = [
         "outbox_relay",
-        *(["outbox_pruner"] if needs.deletes else []),
+        *(["outbox_pruner"] if needs.deletes_sent or needs.deletes_old else []),
         *(["outbox_writer"] if needs.copies else []),
     ]
     for name, privileges in granted(inspection.table, *roles).items():

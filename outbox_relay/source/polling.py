@@ -1,4 +1,5 @@
-"""The polling source: claims unsent rows of the slots that a relay owns, and marks them when they are published.
+"""The polling source: claims unsent rows of the slots that a relay owns, and marks or deletes them when they are
+published.
 
 One short transaction settles the last claim and makes the next; no transaction is open while Kafka is asked.
 
@@ -29,6 +30,7 @@ from outbox_relay.failures import Policies
 from outbox_relay.message import RESERVED_HEADERS, Delivered, Header, Outcome, Record, Retry, Scope
 from outbox_relay.relay import Claim
 from outbox_relay.retry import Backoff
+from outbox_relay.source.deletions import Deletions
 from outbox_relay.source.holds import Holds
 from outbox_relay.source.parking import Line, Ownership, Parking
 from outbox_relay.source.row_by_row import RowByRow
@@ -48,7 +50,7 @@ _LAST_SETTLE_SECONDS = 5.0
 #: other topics. So does everything when so many can't be read, and none can.
 _MANY_REFUSED = 20
 
-#: A row that PostgreSQL doesn't let be marked is tried again this seldom.
+#: A row that PostgreSQL doesn't let be marked, or deleted, is tried again this seldom.
 _UNMARKABLE = Backoff(first_seconds=1.0, ceiling_seconds=60.0)
 #: With so many of them nothing more is claimed: when this relay ends they are published once more.
 _MOST_UNMARKABLE = 100
@@ -69,6 +71,7 @@ class PollingSource:
         batch_rows: int,
         policies: Policies,
         table: OutboxTable = OUTBOX,
+        deletes_sent: bool = False,
     ) -> None:
         self._session = session
         self._slots = slots
@@ -77,8 +80,9 @@ class PollingSource:
         self._layout_buckets = layout_buckets
         self._layout_slots = layout_slots
         self._batch_rows = batch_rows
-        self._statements = Statements(table)
+        self._statements = Statements(table, deletes_sent=deletes_sent)
         session.prepares(self._statements.all())
+        self._deletions = Deletions(session, table) if deletes_sent else None
         self._payload_type: str | None = None
         self._claimed: dict[int, Ownership] = {}  # by id, the claim that is out
         self._published: dict[int, Ownership] = {}  # by id, acknowledged by Kafka and not marked yet
@@ -107,6 +111,8 @@ class PollingSource:
         return await self._rows.transact(lambda: self._claim_of(epochs))
 
     async def _claim_of(self, epochs: dict[int, int]) -> Claim:
+        if self._deletions is not None and (self._published or not self._deletions.announced):
+            await self._deletions.announce()
         async with self._session.transaction():
             epochs = await self._own(epochs)
             settled = await self._settle(epochs)
@@ -149,6 +155,8 @@ class PollingSource:
 
     async def _release_settled(self, *, patient: bool) -> Collection[int]:
         """Let go of the slots, but if ``patient`` not of those with rows that may yet be marked; these."""
+        if self._deletions is not None and self._published:
+            await self._deletions.announce()
         async with self._session.transaction():
             epochs = await self._own(self._slots.of_lane(self._lane))
             settled = await self._settle(epochs)
@@ -194,7 +202,7 @@ class PollingSource:
         for id_, error in refused.items():
             attempts, _ = self._unmarkable.hold(id_)
             if attempts == 1:
-                self._telemetry.row_unmarkable(id_, error, why(error))
+                self._telemetry.row_unmarkable(id_, error, why(error), deleting=self._deletions is not None)
         missed = [id_ for id_ in ids if id_ not in settled]
         if missed and not self._rows.careful:
             locked = {row["id"] for row in await self._session.fetch(self._statements.unsettled, missed)}

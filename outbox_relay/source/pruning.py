@@ -19,6 +19,7 @@ from datetime import datetime
 
 from outbox_relay.errors import SourceUnavailableError
 from outbox_relay.retry import Backoff
+from outbox_relay.source.deletions import MAY_DELETE
 from outbox_relay.source.session import Session
 from outbox_relay.source.statements import OUTBOX, OutboxTable, literal, quoted
 from outbox_relay.telemetry import Telemetry
@@ -40,8 +41,7 @@ _LOWEST = -9223372036854775808
 _BEGIN = """
 -- begin to prune
 SELECT now() - make_interval(secs => $1) AS cut,
-       has_table_privilege({outbox_text}::regclass, 'DELETE')
-           AND has_column_privilege('outbox_layout'::regclass, 'pruned_until', 'UPDATE') AS may_prune
+       {may_delete} AS may_prune
 """
 
 # A batch that a crash takes back is only deleted again, so nobody waits for a disk or a standby. The plan is as for
@@ -137,7 +137,7 @@ class Pruner:
         self._restart_at = 0.0
         names = {name: quoted(getattr(table, name)) for name in ("id", "sent_at", "parked_at")}
         names["outbox"] = quoted(table.name)
-        self._begin = _BEGIN.format(outbox_text=literal(names["outbox"]))
+        self._begin = _BEGIN.format(may_delete=MAY_DELETE.format(outbox_text=literal(names["outbox"])))
         self._look = _LOOK.format(**names)
         self._prune_sent = _PRUNE_SENT.format(noted=_NOTED, **names)
         self._prune_discarded = _PRUNE_DISCARDED.format(noted=_NOTED, **names)

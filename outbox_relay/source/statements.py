@@ -41,9 +41,12 @@ _TEMPLATE = re.compile(r"((?:[^{}]|\{\{|\}\})+)|\{([^{}]+)\}")
 
 
 class Statements:
-    """The statements over one table; ``claim`` depends on the type of the payload, which ``payload_type`` asks for."""
+    """The statements over one table; ``claim`` depends on the type of the payload, which ``payload_type`` asks for.
 
-    def __init__(self, table: OutboxTable) -> None:
+    Rows that were sent are marked, or with ``deletes_sent`` deleted.
+    """
+
+    def __init__(self, table: OutboxTable, *, deletes_sent: bool = False) -> None:
         # Text whatever the type: a key may be a uuid, and a null topic would never be compared, nor seen.
         names = {
             "outbox": quoted(table.name),
@@ -56,7 +59,8 @@ class Statements:
         }
         first = _UNSENT.format(start=f">= (owned.bucket, {_SMALLEST})", of="owned.bucket", limit="$2", **names)
         next_ = _UNSENT.format(start="> (deep.bucket, deep.last_id)", of="deep.bucket", limit="$3", **names)
-        self.settle = _SETTLE.format(**names)
+        how = "DELETE FROM {outbox} AS sent" if deletes_sent else "UPDATE {outbox} AS sent SET {sent_at} = now()"
+        self.settle = _SETTLE.format(how=how.format(**names), **names)
         self.unsettled = _UNSETTLED.format(**names)
         self.payload_type = _PAYLOAD_TYPE.format(outbox=literal(names["outbox"]), payload=literal(table.payload))
         payload = f"o.{quoted(table.payload)}"
@@ -151,7 +155,7 @@ FOR NO KEY UPDATE OF s
 # id, which looks cheap while it is small.
 _SETTLE = """
 -- settle
-UPDATE {outbox} AS sent SET {sent_at} = now()
+{how}
 WHERE sent.{id} = ANY (ARRAY(
     SELECT o.{id} FROM {outbox} o WHERE o.{id} = ANY ($1::bigint[]) AND num_nulls(o.{sent_at}) = 1
     FOR UPDATE SKIP LOCKED

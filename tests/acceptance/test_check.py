@@ -465,6 +465,18 @@ async def too_few_privileges_to_delete(stage: Stage) -> None:
 
 
 @case
+async def too_few_privileges_to_delete_at_once(stage: Stage) -> None:
+    """Then nothing is published: more than old rows that stay."""
+    stage.config["relay"] = {"retention_hours": 24, "after_publish": "delete"}
+
+
+@case
+async def deleting_at_once(stage: Stage) -> None:
+    stage.config["relay"] = {"after_publish": "delete"}
+    await stage.execute(f"GRANT outbox_pruner_{stage.suffix} TO {{role}}")
+
+
+@case
 async def deleting_what_was_sent(stage: Stage) -> None:
     """Allowed, for a relay that has relay.retention_hours, and all that it needs for that."""
     stage.config["relay"] = {"retention_hours": 24}

@@ -124,6 +124,9 @@ async def test_what_is_decided(outbox_database: Database) -> None:
     assert result.output.endswith(
         "Rows that were sent or discarded before 2026-01-31 18:00:00 UTC have been deleted.\n"
     )
+    await connection.execute("UPDATE outbox_layout SET pruned_until = now() + interval '1 minute'")
+    result = await invoke("explain", "99", "--database-url", outbox_database.url)
+    assert result.output.endswith('what they have sent (relay.after_publish = "delete"): it may have been.\n')
 
 
 async def test_what_somebody_deleted_while_it_waited(outbox_database: Database) -> None:

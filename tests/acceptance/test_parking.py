@@ -33,8 +33,13 @@ Wrong = Callable[[Record], Retry | None]
 
 
 @pytest.fixture
-async def world(database: Database, postgres: Postgres) -> AsyncIterator[PostgresWorld]:
-    world = await PostgresWorld.open(database, postgres.url)
+def deletes_sent() -> bool:
+    return False
+
+
+@pytest.fixture
+async def world(database: Database, postgres: Postgres, deletes_sent: bool) -> AsyncIterator[PostgresWorld]:
+    world = await PostgresWorld.open(database, postgres.url, deletes_sent=deletes_sent)
     yield world
     await world.close()
 
@@ -142,6 +147,7 @@ async def claims_nothing(source: PollingSource) -> bool:
     return claim.is_idle and not claim.records
 
 
+@pytest.mark.parametrize("deletes_sent", [False, True], ids=["mark", "delete"])
 async def test_after_a_retry_the_followers_go_in_order_however_many_they_are(
     world: PostgresWorld, connection: asyncpg.Connection
 ) -> None:
@@ -285,6 +291,7 @@ async def test_a_parked_row_that_somebody_deleted_holds_nobody(
     assert await until(source, connection, {}) == [2, 3]
 
 
+@pytest.mark.parametrize("deletes_sent", [False, True], ids=["mark", "delete"])
 @pytest.mark.parametrize("seed", range(4))
 async def test_whatever_is_refused_or_fails_each_key_goes_in_order_and_nothing_is_stranded(
     seed: int, world: PostgresWorld, connection: asyncpg.Connection

@@ -154,7 +154,7 @@ class ExplainedSession(Session):
 
 @contextlib.asynccontextmanager
 async def source_on(
-    session: Session, url: str, *, slots: int = SLOTS, batch_rows: int = BATCH_ROWS
+    session: Session, url: str, *, slots: int = SLOTS, batch_rows: int = BATCH_ROWS, deletes_sent: bool = False
 ) -> AsyncIterator[PollingSource]:
     """The product's source on this session, owner of so many slots."""
     telemetry = Telemetry()
@@ -176,6 +176,7 @@ async def source_on(
         layout_slots=SLOTS,
         batch_rows=batch_rows,
         policies=Policies(Backoff(600.0, 600.0)),
+        deletes_sent=deletes_sent,
     )
     try:
         for lane in range(lanes):
@@ -527,9 +528,10 @@ async def test_marked_rows_are_passed_by_until_vacuum_removes_them(outbox_databa
 # -- the number of statements
 
 
+@pytest.mark.parametrize("deletes_sent", [False, True], ids=["mark", "delete"])
 @pytest.mark.parametrize("batch_rows", [1, 100, 2_000])
 async def test_a_batch_takes_the_same_statements_whatever_its_size(
-    outbox_database: DatabaseForTest, batch_rows: int
+    outbox_database: DatabaseForTest, batch_rows: int, deletes_sent: bool
 ) -> None:
     connection = await outbox_database.connect()
     await connection.execute(insert(3 * batch_rows))
@@ -542,8 +544,8 @@ async def test_a_batch_takes_the_same_statements_whatever_its_size(
             return await super().fetch(statement, *arguments)
 
     session = Counted(Database(outbox_database.url, 10.0, 60.0), "counted")
-    async with source_on(session, outbox_database.url, batch_rows=batch_rows) as source:
-        claim = await source.claim()  # which asks for the payload's type too
+    async with source_on(session, outbox_database.url, batch_rows=batch_rows, deletes_sent=deletes_sent) as source:
+        claim = await source.claim()  # which asks for the payload's type too, and whether rows may be deleted
         fetched.clear()
         # Those that aren't prepared.
         (await session.connection()).add_query_logger(lambda logged: executed.append(logged.query))
@@ -551,7 +553,8 @@ async def test_a_batch_takes_the_same_statements_whatever_its_size(
             source.settle([Delivered(record) for record in claim.records])
             claim = await source.claim()
             assert len(claim.records) == batch_rows
-    assert fetched == 2 * [OWN, STATEMENTS.settle, STATEMENTS.claim["bytea"]]
+    settle = Statements(OUTBOX, deletes_sent=deletes_sent).settle
+    assert fetched == 2 * [OWN, settle, STATEMENTS.claim["bytea"]]
     assert executed == 2 * [session._begin, "COMMIT"]
 
 

@@ -31,8 +31,13 @@ Logs = list[MutableMapping[str, Any]]
 
 
 @pytest.fixture
-async def world(database: Database, postgres: Postgres) -> AsyncIterator[PostgresWorld]:
-    world = await PostgresWorld.open(database, postgres.url)
+def deletes_sent() -> bool:
+    return False
+
+
+@pytest.fixture
+async def world(database: Database, postgres: Postgres, deletes_sent: bool) -> AsyncIterator[PostgresWorld]:
+    world = await PostgresWorld.open(database, postgres.url, deletes_sent=deletes_sent)
     yield world
     await world.close()
 
@@ -178,6 +183,37 @@ async def test_where_nothing_can_be_marked_what_is_sent_meanwhile_is_bounded(
 
     delivered += await until(source, all_marked, "all is marked")
     assert sorted(delivered) == list(range(1, 101))
+
+
+@pytest.mark.parametrize("deletes_sent", [True])
+async def test_a_row_that_cannot_be_deleted_is_not_sent_again_and_holds_nobody(
+    world: PostgresWorld, connection: asyncpg.Connection, logs: Logs
+) -> None:
+    """An application's table refers to it."""
+    await connection.execute("CREATE TABLE note (outbox_id bigint CONSTRAINT note_of_message REFERENCES outbox)")
+    await world.insert(*(record(id_, f"k{id_ % 3}") for id_ in range(1, 21)))
+    await connection.execute("INSERT INTO note VALUES (7)")
+    source = await world.source()
+
+    async def all_but_one(_: list[int]) -> bool:
+        return await world.sent() == {*range(1, 21)} - {7}
+
+    assert await until(source, all_but_one, "its neighbours are deleted") == list(range(1, 21))
+    await world.insert(*(record(id_, f"k{id_ % 3}") for id_ in range(21, 31)))
+
+    async def those_after_it(_: list[int]) -> bool:
+        return await world.sent() == {*range(1, 31)} - {7}
+
+    assert await until(source, those_after_it, "later ones flow") == list(range(21, 31))
+    (line,) = [line for line in logs if line["event"] == "row.unmarkable"]
+    assert (line["id"], line["error"]) == (7, "ForeignKeyViolationError")
+    assert "doesn't let it be deleted (SQLSTATE 23503, constraint note_of_message)" in line["reason"]
+    await connection.execute("DELETE FROM note")
+
+    async def all_deleted(_: list[int]) -> bool:
+        return await world.sent() == {*range(1, 31)}
+
+    assert await until(source, all_deleted, "it is deleted when it can be") == []
 
 
 # -- reading

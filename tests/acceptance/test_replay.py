@@ -155,6 +155,10 @@ async def test_where_rows_were_deleted_it_is_refused(outbox_database: Database) 
         await replaying.copy(found, 1000)
     with pytest.raises(RefusedError, match=r"before 2026-01-31T12:45:00\+00:00 may have been deleted"):
         await replaying.find()
+    # So do relays that delete what they have sent.
+    await connection.execute("UPDATE outbox_layout SET pruned_until = now() + interval '1 minute'")
+    with pytest.raises(RefusedError, match=r"relays delete what they have sent .*relay.after_publish"):
+        await replaying.find()
     # So do others, who say nothing.
     await connection.execute("UPDATE outbox_layout SET pruned_until = $1", datetime.fromisoformat(SINCE))
     await connection.execute("DELETE FROM outbox WHERE id = $1", ids[1])

@@ -109,6 +109,19 @@ async def test_sent_rows_of_a_large_backlog_are_those_updated(
     assert found.forecast.state == "shrinking"
 
 
+async def test_what_came_and_was_deleted_between_the_looks_counts_as_sent(outbox_database: Database) -> None:
+    connection = await outbox_database.connect()
+    await connection.execute(insert("orders", 300))
+    # As a relay says it before it deletes anything.
+    await connection.execute("UPDATE outbox_layout SET pruned_until = now() + interval '1 minute'")
+    found = await read(
+        outbox_database, insert("orders", 80), "DELETE FROM outbox WHERE id > 250", "SELECT pg_stat_force_next_flush()"
+    )
+    assert found.rates.inserted_per_second * found.rates.over_seconds == pytest.approx(80)
+    assert found.rates.sent_per_second * found.rates.over_seconds == pytest.approx(130)
+    assert found.forecast.state == "shrinking"
+
+
 async def test_rows_that_wait_are_no_backlog(outbox_database: Database) -> None:
     connection = await outbox_database.connect()
     await connection.execute(insert("orders", 40, keys=4))

@@ -34,7 +34,7 @@ class SourceWorld(Protocol):
     async def insert(self, *records: Record) -> None: ...
 
     async def sent(self) -> set[int]:
-        """The rows that are marked."""
+        """The rows that are marked, or deleted because they were sent."""
         ...
 
     async def source(self, *, batch_rows: int = 100) -> Source:
@@ -93,20 +93,25 @@ class MemoryWorld:
 class PostgresWorld:
     """PollingSource on PostgreSQL, each with slots of its own, as in a relay process of one lane."""
 
-    def __init__(self, database: Database, connection: asyncpg.Connection, admin: asyncpg.Connection) -> None:
+    def __init__(
+        self, database: Database, connection: asyncpg.Connection, admin: asyncpg.Connection, *, deletes_sent: bool
+    ) -> None:
         self._database = database
         self._connection = connection
         self._admin = admin
+        self._deletes_sent = deletes_sent
+        self._inserted: set[int] = set()
         self._name = make_url(database.url).database
         self._relays: list[tuple[PollingSource, Slots, asyncio.Task[None]]] = []
 
     @classmethod
-    async def open(cls, database: Database, admin_url: str) -> PostgresWorld:
+    async def open(cls, database: Database, admin_url: str, *, deletes_sent: bool = False) -> PostgresWorld:
         connection = await database.connect()
         await schema.apply(connection)
-        return cls(database, connection, await asyncpg.connect(admin_url))
+        return cls(database, connection, await asyncpg.connect(admin_url), deletes_sent=deletes_sent)
 
     async def insert(self, *records: Record) -> None:
+        self._inserted.update(each.id for each in records)
         await self._connection.executemany(
             "INSERT INTO outbox (id, event_id, topic, key, payload) VALUES ($1, $2, $3, $4, $5)",
             [
@@ -116,7 +121,11 @@ class PostgresWorld:
         )
 
     async def sent(self) -> set[int]:
-        return {row["id"] for row in await self._connection.fetch("SELECT id FROM outbox WHERE sent_at IS NOT NULL")}
+        rows = await self._connection.fetch("SELECT id, sent_at IS NOT NULL AS is_marked FROM outbox")
+        if not self._deletes_sent:
+            return {row["id"] for row in rows if row["is_marked"]}
+        assert not any(row["is_marked"] for row in rows)
+        return self._inserted - {row["id"] for row in rows}
 
     async def source(
         self, *, batch_rows: int = 100, policies: Policies = POLICIES, lane_database: session.Database | None = None
@@ -140,6 +149,7 @@ class PostgresWorld:
             layout_slots=16,
             batch_rows=batch_rows,
             policies=policies,
+            deletes_sent=self._deletes_sent,
         )
         self._relays.append((source, slots, asyncio.create_task(slots.run())))
         return source

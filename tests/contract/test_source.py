@@ -29,7 +29,14 @@ async def postgresql(database: Database, postgres: Postgres) -> AsyncIterator[So
     await world.close()
 
 
-@pytest.fixture(params=["memory", "postgresql"])
+@pytest.fixture
+async def postgresql_deleting(database: Database, postgres: Postgres) -> AsyncIterator[SourceWorld]:
+    world = await PostgresWorld.open(database, postgres.url, deletes_sent=True)
+    yield world
+    await world.close()
+
+
+@pytest.fixture(params=["memory", "postgresql", "postgresql_deleting"])
 def world(request: pytest.FixtureRequest) -> SourceWorld:
     world: SourceWorld = request.getfixturevalue(request.param)
     return world

@@ -28,8 +28,8 @@ COMMANDS = Path(__file__).parents[2] / "docs" / "commands.md"
 MANY = status.MOST_COUNTED + 1
 
 
-def counted(at: float, rows: int, updated: int = 0) -> Counted:
-    return Counted(at, rows, 0, updated)
+def counted(at: float, rows: int, updated: int = 0, deleted: int = 0, deleted_until: float | None = None) -> Counted:
+    return Counted(at, rows, 0, updated, deleted, deleted_until)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,14 @@ def counted(at: float, rows: int, updated: int = 0) -> Counted:
         # What isn't counted to its end grows by an unknown number.
         (counted(0, MANY, 500), counted(2, MANY, 900), 10, 5, 200),
         (counted(0, MANY, 500), counted(2, 40, 900), 10, 5, 200),
+        # Relays delete what they have sent, also of what came since the first look.
+        (counted(0, 100, deleted=50), counted(2, 40, deleted=150, deleted_until=60), 10, 20, 50),
+        (counted(0, 0, deleted=50), counted(2, 0, deleted=150, deleted_until=60), 0, 50, 50),
+        # The statistics are late.
+        (counted(0, 100, deleted=50), counted(2, 40, deleted=50, deleted_until=60), 10, 5, 35),
+        (counted(0, MANY, 500, 50), counted(2, MANY, 600, 350, 60), 10, 5, 200),
+        # Retention deletes what was sent long ago.
+        (counted(0, 100, deleted=50), counted(2, 40, deleted=950, deleted_until=-60), 10, 5, 35),
     ],
 )
 def test_rates(before: Counted, after: Counted, new: int, inserted: float, sent: float) -> None:
