@@ -16,6 +16,8 @@ KEYS = 1_000
 
 #: Characters of base64 that one hash gives, its line break and padding left out.
 _HASH_CHARACTERS = 86
+#: The fractions of its multiples are spread over 0 to 1 as chance would spread them, and are the same in each run.
+_GOLDEN = 0.6180339887498949
 
 
 class Spread(StrEnum):
@@ -55,8 +57,8 @@ class Rows:
         shares = list(itertools.accumulate(1 / k for k in range(1, KEYS)))
         whole = shares[-1] + 1 / KEYS
         bounds = ", ".join(f"{share / whole:.9f}" for share in shares)
-        # The golden ratio's multiples are spread as evenly as chance would, and the same in each run.
-        return f"(width_bucket(({n} * 0.6180339887498949::float8) % 1.0, ARRAY[{bounds}]::float8[]) + 1)::integer"
+        chance = f"({n} * {_GOLDEN}::float8 - floor({n} * {_GOLDEN}::float8))"
+        return f"(width_bucket({chance}, ARRAY[{bounds}]::float8[]) + 1)::integer"
 
 
 def key_of(k: str) -> str:

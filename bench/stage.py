@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 from aiokafka.admin import AIOKafkaAdminClient
@@ -29,8 +30,6 @@ POSTGRES_SETTINGS = {
     "shared_buffers": "512MB",  # else a backlog of 500,000 rows doesn't fit, and the disk is measured
     "max_wal_size": "8GB",  # else each run meets another number of checkpoints
     "max_connections": "200",
-    "log_line_prefix": "%m %a %d ",  # by which the statements of an idle relay are counted
-    "log_checkpoints": "off",
 }
 KAFKA_SETTINGS = {"num.partitions": str(PARTITIONS)}
 #: Kafka stamps each record when it is written, so that rates come from one clock, in the broker.
@@ -45,7 +44,6 @@ class Stage:
     def __init__(self, postgres: PostgresServer, kafka: KafkaServer) -> None:
         self.postgres = postgres
         self.kafka = kafka
-        self._number = 0
         self._templates: dict[Rows, str] = {}
         self._making = asyncio.Lock()
 
@@ -55,14 +53,13 @@ class Stage:
 
     @property
     def postgres_log(self) -> Path:
-        """What the server writes, each line with application and database, as ``log_line_prefix`` has it."""
+        """What the server writes."""
         return self.postgres.directory / "server.log"
 
     @asynccontextmanager
     async def run(self, rows: Rows) -> AsyncIterator[Run]:
         """A place for one run, with ``bench_rows`` in its database."""
-        self._number += 1
-        name = f"run{self._number}"
+        name = f"run_{uuid4().hex[:12]}"
         async with self._making, connected(self.postgres.url()) as admin:
             template = await self._template(rows)
             await admin.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy", timeout=_SECONDS)
@@ -78,7 +75,7 @@ class Stage:
 
     async def _template(self, rows: Rows) -> str:
         if rows not in self._templates:
-            name = f"rows{len(self._templates) + 1}"
+            name = f"rows_{uuid4().hex[:12]}"
             url = await asyncio.to_thread(self.postgres.create_database, name)
             async with connected(url) as connection:
                 await connection.execute(rows.fill(), timeout=_SECONDS)

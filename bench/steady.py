@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
@@ -128,7 +129,7 @@ async def steady(stage: Stage, arm: Arm, *, rate: float, seconds: float, size: i
 
 async def writers_beside(
     stage: Stage, make: Callable[[], Arm], *, share: float, seconds: float, size: int
-) -> Mapping[str, object]:
+) -> dict[str, Any]:
     """What writers at a share of what the machine takes without a relay feel of one: alone, beside it, and alone."""
     most = len(await _alone(stage, make(), None, seconds, size)) / seconds
     rate = most * share
@@ -172,7 +173,7 @@ def median(values: Sequence[float]) -> float:
 
 async def after_silence(
     stage: Stage, make: Callable[[], Arm], *, silence_seconds: float, places: int, messages: int, size: int
-) -> Mapping[str, object]:
+) -> dict[str, Any]:
     """Single messages after a silence: in several databases side by side, one after the other, so that it takes less.
 
     Nothing else goes on meanwhile, and no two messages are under way at once.

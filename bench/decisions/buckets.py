@@ -14,7 +14,7 @@ import asyncio
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,12 +22,12 @@ import asyncpg
 
 from bench.cpu import cpu_seconds
 from bench.decisions.draining import CPU_AND_RATE, Drain, cpu_and_rate, drain
-from bench.decisions.lanes import Candidate, Watch, opened, relay_all
+from bench.decisions.lanes import AtOnce, Candidate, Watch, opened, relay_all
 from bench.decisions.outboxes import connected, create_outbox, fill, refill
 from bench.measuring import AT_MOST_SECONDS, interleaved, print_machine, print_table, spread
 from outbox_relay import logs
 from outbox_relay.config import Config
-from outbox_relay.message import Delivered, Outcome, Record
+from outbox_relay.message import Record
 from outbox_relay.servers import PostgresServer
 
 TOPIC = "bench"
@@ -53,24 +53,6 @@ LAYOUTS = (
     Layout(1024, 16),
     Layout(1024, 64),
 )
-
-
-class AtOnce:
-    """A publisher that acknowledges everything at once."""
-
-    ready = True
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    async def connect(self) -> None:
-        pass
-
-    async def publish(self, records: Sequence[Record], is_ours: Callable[[], bool]) -> list[Outcome]:
-        return [Delivered(record) for record in records]
-
-    async def close(self) -> None:
-        pass
 
 
 @dataclass

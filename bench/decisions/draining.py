@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import asyncpg
+
 from bench.cpu import cpu_seconds
 from bench.decisions.lanes import Candidate, Watch, opened, relay_all
 from bench.decisions.outboxes import connected, refill
@@ -18,6 +20,7 @@ from outbox_relay.config import Config
 from outbox_relay.relay import Publisher
 from outbox_relay.servers import PostgresServer
 from outbox_relay.source.polling import PollingSource
+from outbox_relay.source.session import Session
 from outbox_relay.telemetry import Telemetry
 
 CPU_AND_RATE = ("PostgreSQL CPU, µs/message", "ratio", "relay CPU, µs/message", "ratio", "messages/s", "ratio")
@@ -82,16 +85,27 @@ def cpu_and_rate(found: Sequence[Drain], base: Sequence[Drain]) -> list[str]:
 
 
 async def _counted_statements(sources: Sequence[PollingSource]) -> Counter[str]:
-    """From now on, the statements of all lanes by name, BEGIN and COMMIT included, asyncpg's own left out."""
+    """From now on, the statements of all lanes by name, BEGIN and COMMIT included."""
     counter: Counter[str] = Counter()
 
     def count(query: Any) -> None:
-        first_line = query.query.lstrip("\n").partition("\n")[0]
-        if first_line.startswith("-- "):
-            counter[first_line.removeprefix("-- ")] += 1
-        elif first_line.startswith(("BEGIN", "COMMIT")):
-            counter[first_line.split()[0]] += 1
+        # asyncpg tells of these alone: the others are prepared.
+        if query.query.startswith(("BEGIN", "COMMIT")):
+            counter[query.query.partition(";")[0]] += 1
 
     for source in sources:
         (await source._session.connection()).add_query_logger(count)
+        _count_fetches(source._session, counter)
     return counter
+
+
+def _count_fetches(session: Session, counter: Counter[str]) -> None:
+    fetch = session.fetch
+
+    async def counted(statement: str, *arguments: Any) -> list[asyncpg.Record]:
+        # Outside a transaction it calls itself within one.
+        if (await session.connection()).is_in_transaction():
+            counter[statement.lstrip("\n- ").partition("\n")[0]] += 1
+        return await fetch(statement, *arguments)
+
+    session.fetch = counted  # type: ignore[method-assign]
