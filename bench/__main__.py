@@ -14,7 +14,7 @@ import click
 from bench import report as reporting
 from bench.arms import ArmUnavailableError
 from bench.arms.registry import ARMS
-from bench.drain import RunFailedError, drain
+from bench.drain import drain
 from bench.measuring import interleaved
 from bench.results import FULL, QUICK, Results
 from bench.rows import Rows
@@ -65,7 +65,7 @@ def report(*, is_quick: bool) -> None:
 
 
 def _report(results: Results, *, is_quick: bool) -> None:
-    found = list(results.all())
+    found = reporting.in_order(results.all())
     summary = summarise(found)
     path = results.directory / "summary.json"
     path.write_text(json.dumps(reporting.rounded(summary), indent=1) + "\n")
@@ -100,8 +100,9 @@ async def _one(
     except ArmUnavailableError as error:
         print(f"{title}: left out: {error}", flush=True)
         return False
-    except (RunFailedError, TimeoutError) as error:
-        figures = {"problem": str(error) or "not through in time"}
+    except Exception as error:
+        # Of any kind: the others go on, and the result says what went wrong.
+        figures = {"problem": str(error) or type(error).__name__}
         said = f"no result: {figures['problem']}"
     results.add(workload.name, arm, round_, figures, **_about(arm), **about)
     print(f"{title}: {said} ({time.monotonic() - began:.0f} s)", flush=True)

@@ -11,7 +11,7 @@ from bench.goals import goals
 from bench.measuring import spread
 from bench.plots import Bar, bars
 from bench.summary import Result, Summary, cpu_of, rate_of, runs_of
-from bench.workloads import OURS, R_DB, R_KAFKA
+from bench.workloads import BASELINES, OURS, R_DB, R_KAFKA, full
 
 DOCUMENT = Path("docs/performance.md")
 PLOTS = Path("docs/performance")
@@ -35,6 +35,7 @@ _TITLES = {
     "drain_1024": "A backlog of rows of 1 KB",
     "latency_500": "Latency at 500 messages a second",
     "latency_2000": "Latency at 2,000 messages a second",
+    "long": "1,000 messages a second, until autovacuum has run",
     "sustained": "The highest rate of writers that it keeps up with",
     "after_idle": "A single message after silence",
     "idle": "Nothing to do",
@@ -67,9 +68,20 @@ def in_short(figures: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in figures.items() if isinstance(value, float))
 
 
+def in_order(results: Iterable[Result]) -> list[Result]:
+    """As workloads and arms are listed."""
+    places = [(workload.name, arm) for workload in full() for arm in workload.arms]
+
+    def place(result: Result) -> int:
+        named = (result["workload"], result["arm"])
+        return places.index(named) if named in places else len(places)  # of an arm that there is no more
+
+    return sorted(results, key=place)
+
+
 def tables(results: Sequence[Result], summary: Summary) -> str:
     """Everything, as Markdown."""
-    parts = [_table(["goal", "wanted", "measured", ""], goals(summary))]
+    parts = ["## Goals", _table(["", "wanted", "measured", ""], goals(summary))]
     for workload, title in _TITLES.items():
         arms = {result["arm"]: result for result in results if result["workload"] == workload}
         measured = {name: result for name, result in arms.items() if runs_of(result)}
@@ -101,8 +113,8 @@ def _of_workload(workload: str, arms: Mapping[str, Result]) -> list[str]:
         return [*_drain(arms), *_notes(arms)]
     if workload.startswith("latency"):
         return [*_latency(arms), *_notes(arms)]
-    if workload in ("spread", "conditions", "sent"):
-        return [_rates(arms, next(iter(arms)))]
+    if workload in BASELINES:
+        return [_rates(arms, BASELINES[workload])]
     lines: list[list[object]] = []
     for name, result in arms.items():
         flat = [dict(_flattened(run)) for run in runs_of(result)]

@@ -14,6 +14,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from bench import writers
 from bench.arms import Arm, Run
+from bench.arms.ours import count_in
 from bench.cpu import peak_rss_mb
 from bench.drain import RunFailedError, checked, prepared
 from bench.ledger import row_of
@@ -40,6 +41,7 @@ class Steady:
     relay_cpu_percent: float
     postgresql_cpu_percent: float  #: the writers' share included
     rss_mb: float
+    autovacuums: int  #: of the run's tables
     repeated: int
 
 
@@ -113,6 +115,7 @@ async def steady(stage: Stage, arm: Arm, *, rate: float, seconds: float, size: i
             rss = peak_rss_mb(arm.pids)
         await arm.stop()
         _, verdict = await checked(run, arm, complete=True)
+        autovacuums = await count_in(run, "SELECT coalesce(sum(autovacuum_count), 0) FROM pg_stat_user_tables")
     latencies = [(arrivals.at[one.n] - one.committed) * 1000 for one in sorted(written, key=lambda one: one.due)]
     tenth = len(latencies) // 10 or 1
     return Steady(
@@ -123,6 +126,7 @@ async def steady(stage: Stage, arm: Arm, *, rate: float, seconds: float, size: i
         relay_cpu_percent=used.relay / took * 100,
         postgresql_cpu_percent=used.postgresql / took * 100,
         rss_mb=rss,
+        autovacuums=autovacuums,
         repeated=verdict.repeated,
     )
 

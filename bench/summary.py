@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, TypeAlias
 
-from bench.workloads import LOOPS, OURS, R_DB, R_KAFKA
+from bench.workloads import BASELINES, LOOPS, OURS, R_DB, R_KAFKA
 
 Result: TypeAlias = Mapping[str, Any]
 Summary: TypeAlias = dict[str, Any]
@@ -42,7 +42,7 @@ def summarise(results: Iterable[Result]) -> Summary:
         summary["sustained"] = median(ours["sustained"], itemgetter("written_per_second"))
     if "writers" in ours:
         summary["writers"] = _writers(ours["writers"])
-    for workload, baseline in (("conditions", "clean"), ("sent", "clean"), ("spread", "even")):
+    for workload, baseline in BASELINES.items():
         if baseline in by_workload.get(workload, {}):
             summary[workload] = _ratios(by_workload[workload], baseline)
     return summary

@@ -40,6 +40,10 @@ _BEHIND_MS = 100.0
 _SPREADS = {"even": Spread.EVEN, "zipf": Spread.ZIPF, "hot key": Spread.HOT}
 
 
+#: What the others of a workload are compared with, where it isn't ``mark``.
+BASELINES = {"spread": "even", "conditions": "clean", "sent": "clean"}
+
+
 @dataclass(frozen=True)
 class Workload:
     """The arms take turns, in each second round backwards."""
@@ -57,6 +61,7 @@ def full() -> list[Workload]:
         Workload("drain_1024", _drain(200_000, 1024), (*OURS[:2], *LOOPS, *PEERS, R_DB, R_KAFKA), 5),
         Workload("latency_500", _steady(500, 20), ("mark", *LOOPS, *PEERS), 2),
         Workload("latency_2000", _steady(2_000, 20), ("mark", "batched", *PEERS), 2),
+        Workload("long", _steady(1_000, 150), ("mark",), 1),
         Workload("sustained", _sustained(8), ("mark",), 1),
         Workload("after_idle", _after_silence(60, places=12, messages=3), ("mark",), 1),
         Workload("idle", _idle(60), ("mark",), 2),
