@@ -81,7 +81,8 @@ def in_order(results: Iterable[Result]) -> list[Result]:
 
 def tables(results: Sequence[Result], summary: Summary) -> str:
     """Everything, as Markdown."""
-    parts = ["## Goals", _table(["", "wanted", "measured", ""], goals(summary))]
+    aims = goals(summary)
+    parts = ["## Goals", _table(["", "wanted", "measured", ""], aims)] if aims else []
     for workload, title in _TITLES.items():
         arms = {result["arm"]: result for result in results if result["workload"] == workload}
         measured = {name: result for name, result in arms.items() if runs_of(result)}
