@@ -24,6 +24,7 @@ from outbox_relay.kafka_security import KafkaSecurity
 from outbox_relay.publisher import KafkaPublisher
 from outbox_relay.relay import Poll, Relay
 from outbox_relay.retry import Backoff
+from outbox_relay.source import watch
 from outbox_relay.source.polling import PollingSource
 from outbox_relay.source.pruning import Pruner
 from outbox_relay.source.session import Database, Session
@@ -148,7 +149,7 @@ async def check(config: Config) -> checks.Checked:
 
 async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once: bool) -> int:
     database = database_of(config)
-    heart = Session(database, f"outbox-relay {config.relay.name} heartbeat")
+    heart = Session(database, f"outbox-relay {config.relay.name} heartbeat", watch.SETTINGS)
     verifying = asyncio.ensure_future(_verified_layout(heart, telemetry))
     if not await signals.first_or(verifying):
         await signals.while_patient(_end([verifying], heart.close))
@@ -163,6 +164,10 @@ async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once:
         lanes=len(lanes),
         lease_seconds=config.relay.lease_seconds,
         heartbeat_seconds=config.relay.heartbeat_seconds,
+        look_seconds=config.relay.poll_ceiling_seconds,
+        layout_buckets=layout.buckets,
+        layout_slots=layout.slots,
+        table=table_of(config),
     )
     sources = [_source(config, layout, database, slots, lane, telemetry) for lane in lanes]
     poll = Poll(config.relay.poll_floor_seconds, config.relay.poll_ceiling_seconds)

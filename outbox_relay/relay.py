@@ -7,10 +7,9 @@ the tests in ``tests/contract`` hold the fakes and the real adapters to them ali
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tenacity import (
     AsyncRetrying,
@@ -49,6 +48,10 @@ class Source(Protocol):
         A row is in the claim only if every lower unsent row of its ``(topic, key)`` is ahead of it there.
         Raises :class:`SourceUnavailableError`; what was handed back is kept, and settled by a later call.
         """
+        ...
+
+    async def wait(self, seconds: float) -> None:
+        """After an idle claim: until another may find something, about so long. May be cancelled."""
         ...
 
     def settle(self, outcomes: Sequence[Outcome]) -> None:
@@ -135,7 +138,7 @@ class Relay:
                     break
                 else:
                     pause_seconds = self._poll.next_seconds(pause_seconds)
-                    await self._sleep(pause_seconds)
+                    await self._unless_stopped(self._source.wait(pause_seconds))
             await self._source.release()
         finally:
             await self._publisher.close()
@@ -174,6 +177,16 @@ class Relay:
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep, but not through a stop."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stop.wait()
+        await self._unless_stopped(asyncio.sleep(seconds))
+
+    async def _unless_stopped(self, waiting: Coroutine[Any, Any, None]) -> None:
+        """Wait for it, or for a stop."""
+        tasks = asyncio.ensure_future(waiting), asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        if not tasks[0].cancelled():
+            tasks[0].result()

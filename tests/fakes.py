@@ -73,6 +73,9 @@ class MemorySource:
         self._claimed = self._up_to_locked(candidates)[: self._batch_rows]
         return Claim(self._claimed, lambda: outbox.owner is self and outbox.epoch == epoch, is_idle=not candidates)
 
+    async def wait(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
     def settle(self, outcomes: Sequence[Outcome]) -> None:
         assert [outcome.record for outcome in outcomes] == list(self._claimed), "not the records of the last claim"
         self._claimed = ()

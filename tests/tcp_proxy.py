@@ -21,6 +21,8 @@ class TcpProxy:
     #: So many requests are passed on, then a connection stands still, and isn't closed, as if its client were frozen.
     #: Counts down.
     requests_until_frozen: float = math.inf
+    #: How many came so far.
+    requests: int = 0
     #: How often something had to wait because it stands still.
     held_up: int = 0
     _own_port: int = 0
@@ -89,6 +91,7 @@ class TcpProxy:
 
     async def _pump_requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while chunk := await reader.read(_CHUNK_BYTES):
+            self.requests += 1
             self.requests_until_frozen -= 1
             if self.requests_until_frozen < 0:
                 self.held_up += 1

@@ -104,7 +104,7 @@ class ClaimTransaction(_Alternative):
     async def claim(self) -> Claim:
         await self._finish()
         connection = await self._session.connection()
-        await self._command(self._session._begin)
+        await self._command(self._session._begin())
         self._open = connection
         ends = time.monotonic() + self._patience_seconds
         buckets = await self._session.fetch(PICK, self._turn, self._share, self._layout_buckets, self._patience)

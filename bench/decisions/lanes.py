@@ -93,6 +93,9 @@ async def opened(
         lanes=len(lanes),
         lease_seconds=relay.lease_seconds,
         heartbeat_seconds=relay.heartbeat_seconds,
+        look_seconds=relay.poll_ceiling_seconds,
+        layout_buckets=layout.buckets,
+        layout_slots=layout.slots,
     )
 
     def source(lane: int) -> PollingSource:

@@ -174,6 +174,11 @@ class Parking:
             if record.key is not None and self._policies.of(record.topic).block
         ]
 
+    @property
+    def waits_for_time(self) -> bool:
+        """Whether something is to be tried that is neither among the rows that can be sent nor due."""
+        return bool(self._freed or self._topics or self._unproven)
+
     def held_topics(self) -> list[str]:
         """Topics whose rows are left where they are for now."""
         return [topic for topic in self._holds.active() if not self._is_parked(topic)]

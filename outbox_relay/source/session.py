@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -158,23 +158,23 @@ def what_it_says(error: BaseException) -> str:
 
 
 class Session:
-    """A connection of its own, opened at first use. Not for two tasks at once."""
+    """A connection of its own, opened at first use, with these settings of PostgreSQL. Not for two tasks at once."""
 
-    def __init__(self, database: Database, application_name: str) -> None:
+    def __init__(self, database: Database, application_name: str, settings: Mapping[str, str] | None = None) -> None:
         self._database = database
         # The server has the deadlines too: one that only the client has leaves a backend behind that waits on for a
-        # lock, and one more with each new try. In one message with BEGIN, since a pooler in between may forget the
-        # session's settings; READ COMMITTED, since each statement is to see what was committed before it. Neither ends
-        # a backend that is sending rows to a host that is lost or frozen, locks in hand; tcp_user_timeout does.
+        # lock, and one more with each new try. Neither ends a backend that is sending rows to a host that is lost or
+        # frozen, locks in hand; tcp_user_timeout does.
         timeout_ms = int(database.statement_timeout_seconds * 1000)
-        self._begin = (
-            "BEGIN ISOLATION LEVEL READ COMMITTED;"
-            f"SET LOCAL statement_timeout = {timeout_ms};"
-            f"SET LOCAL idle_in_transaction_session_timeout = {timeout_ms};"
-            f"SET LOCAL tcp_user_timeout = {timeout_ms}"
-        )
+        self._settings = {
+            "statement_timeout": str(timeout_ms),
+            "idle_in_transaction_session_timeout": str(timeout_ms),
+            "tcp_user_timeout": str(timeout_ms),
+            **(settings or {}),
+        }
         if database.schema:
-            self._begin += f";SET LOCAL search_path = {quoted(database.schema)}"
+            self._settings["search_path"] = quoted(database.schema)
+        self._direct = False
         self._application_name = application_name
         self._connection: asyncpg.Connection | None = None
         # By statement; None until it is prepared on the connection of now.
@@ -195,21 +195,41 @@ class Session:
     def connected(self) -> bool:
         return self._connection is not None and not self._connection.is_closed()
 
+    @property
+    def direct(self) -> bool:
+        """Whether this session is the server's own, with no pooler in between, as far as is known."""
+        return self.connected and self._direct
+
     async def connection(self) -> asyncpg.Connection:
         """The live connection, made anew if there is none."""
         if self._connection is None or self._connection.is_closed():
             with self.unavailable("connect to the database"):
                 self._connection = await self._database.connect(self._application_name)
                 self._connection.add_log_listener(self._remember_warning)
+                # A pooler tells process ids of its own, and forgets what is set for a session, or leaves it to others.
+                pid = await self._connection.fetchval("SELECT pg_backend_pid()")
+                self._direct = pid == self._connection.get_server_pid()
+                if self._direct:
+                    await self._connection.execute(self._set("SET"))
             self._prepared = dict.fromkeys(self._prepared)
         return self._connection
 
     async def fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
-        """Run one statement; outside :meth:`transaction` in one of its own."""
+        """Run one statement; outside :meth:`transaction` it is one of its own."""
         connection = await self.connection()
-        if not connection.is_in_transaction():
-            async with self.transaction():
-                return await self.fetch(statement, *arguments)
+        if connection.is_in_transaction():
+            return await self._fetch(connection, statement, arguments)
+        if self._direct:
+            self._warnings.clear()
+            rows = await self._fetch(connection, statement, arguments)
+            self._refuse_doubt()
+            return rows
+        async with self.transaction():
+            return await self._fetch(connection, statement, arguments)
+
+    async def _fetch(
+        self, connection: asyncpg.Connection, statement: str, arguments: Sequence[Any]
+    ) -> list[asyncpg.Record]:
         with self.unavailable(statement.lstrip("\n- ").partition("\n")[0]):
             prepared = self._prepared.get(statement)
             rows: list[asyncpg.Record] = (
@@ -228,12 +248,12 @@ class Session:
         if new := [statement for statement, prepared in self._prepared.items() if prepared is None]:
             # In a transaction of their own, whose search_path is the right one.
             with self.unavailable("prepare statements"):
-                await connection.execute(self._begin)
+                await connection.execute(self._begin())
                 for statement in new:
                     self._prepared[statement] = await connection.prepare(statement)
                 await connection.execute("COMMIT")
         with self.unavailable("begin"):
-            await connection.execute(self._begin)
+            await connection.execute(self._begin())
         try:
             yield
         except BaseException:
@@ -243,6 +263,17 @@ class Session:
         self._warnings.clear()
         with self.unavailable("commit"):
             await connection.execute("COMMIT")
+        self._refuse_doubt()
+
+    def _begin(self) -> str:
+        """READ COMMITTED, since each statement is to see what was committed before it. Settings in the same message."""
+        begin = "BEGIN ISOLATION LEVEL READ COMMITTED"
+        return begin if self._direct else f"{begin};{self._set('SET LOCAL')}"
+
+    def _set(self, how: str) -> str:
+        return ";".join(f"{how} {name} = {value}" for name, value in self._settings.items())
+
+    def _refuse_doubt(self) -> None:
         if self._warnings:
             self.drop()
             raise SourceUnavailableError(f"commit is in doubt: {self._warnings[0]}")

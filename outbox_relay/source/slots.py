@@ -21,7 +21,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from outbox_relay.errors import SourceUnavailableError
+from outbox_relay.source import watch
 from outbox_relay.source.session import Session
+from outbox_relay.source.statements import OUTBOX, OutboxTable
+from outbox_relay.source.watch import Watch
 from outbox_relay.telemetry import Telemetry
 
 # The class of the advisory lock is the oid of this very table, so that a stranger's number doesn't meet it.
@@ -72,7 +75,8 @@ _ALIVE = f"""peers AS MATERIALIZED (
             AS m (relay_id, renewed_at))
 )"""
 
-HEARTBEAT = f"""
+# $6 are the buckets that idle lanes wait for; what is found there is told in the same breath.
+_HEARTBEAT = f"""
 -- heartbeat
 WITH renewed AS (
     UPDATE outbox_relay SET renewed_at = now(), ready = $2, direct = $3 WHERE relay_id = $1 RETURNING relay_id
@@ -87,7 +91,12 @@ SELECT EXISTS (SELECT FROM renewed) AS registered,
              WHERE s.owner IS NULL
                 OR (s.owner <> $1 AND s.owner NOT IN (SELECT a.relay_id FROM alive a))) AS free,
        (SELECT count(*) FROM outbox_slot) AS slots,
-       ARRAY(SELECT paused.topic FROM outbox_pause paused) AS paused_topics
+       ARRAY(SELECT paused.topic FROM outbox_pause paused) AS paused_topics,{{look}} AS look
+"""
+
+_LOOK = """
+-- look
+SELECT{look} AS look
 """
 
 TAKE = f"""
@@ -148,12 +157,21 @@ class Slots:
         lanes: int,
         lease_seconds: float,
         heartbeat_seconds: float,
+        look_seconds: float,
+        layout_buckets: int,
+        layout_slots: int,
+        table: OutboxTable = OUTBOX,
     ) -> None:
         self._session = session
         self._telemetry = telemetry
         self._name = name
         self._lease_seconds = lease_seconds
         self._heartbeat_seconds = heartbeat_seconds
+        self._layout_buckets = layout_buckets
+        self._layout_slots = layout_slots
+        self._heartbeat = _HEARTBEAT.format(look=watch.look(table, "$6"))
+        self._look = _LOOK.format(look=watch.look(table, "$1"))
+        self.watch = Watch(look_seconds)  #: where idle lanes wait
         self._relay_id: int | None = None
         self._former_id: int | None = None  # announced last; its row may be lost since
         self._direct = False
@@ -224,21 +242,41 @@ class Slots:
     # -- the heartbeat
 
     async def run(self) -> None:
-        """Beat until cancelled. A database out of reach is reported and waited for."""
+        """Beat until cancelled, and look for rows in between. A database out of reach is reported and waited for."""
+        beats_at = 0.0
         while True:
             self._nudge.clear()
             try:
-                await self.beat()
-                self._telemetry.database_available(self)
+                if (now := time.monotonic()) >= beats_at:
+                    beats_at = now + self._heartbeat_seconds
+                    await self.beat()
+                    self._telemetry.database_available(self)
+                else:
+                    await self.look()
             except SourceUnavailableError as error:
                 self._telemetry.database_unavailable(error, self)
                 # Who loses the database with us gets as long as we do to come back.
                 self._unlocked_since.clear()
             try:
-                async with asyncio.timeout(self._heartbeat_seconds):
+                async with asyncio.timeout(max(0.0, min(beats_at - time.monotonic(), self.watch.look_seconds))):
                     await self._nudge.wait()
+                beats_at = 0.0
             except TimeoutError:
                 continue
+
+    async def look(self) -> None:
+        """Wake the lanes that wait for what is there."""
+        if buckets := self._awaited_buckets():
+            (row,) = await self._session.fetch(self._look, buckets)
+            self._wake(row["look"])
+
+    def _awaited_buckets(self) -> list[int]:
+        slots = {slot for slot, owned in self._owned.items() if owned.lane in self.watch.lanes}
+        return [bucket for bucket in range(self._layout_buckets) if bucket % self._layout_slots in slots]
+
+    def _wake(self, buckets: Collection[int]) -> None:
+        slots = {bucket % self._layout_slots for bucket in buckets}
+        self.watch.wake({owned.lane for slot, owned in self._owned.items() if slot in slots})
 
     async def beat(self) -> None:
         """Renew, learn who lives and who owns what, and take what is free and due."""
@@ -249,13 +287,18 @@ class Slots:
         missed_since = asked_at - _MISSED_HEARTBEATS * self._heartbeat_seconds
         missed = [peer for peer, since in self._unlocked_since.items() if since <= missed_since]
         gone = [relay_id for relay_id, _ in missed], [renewed_at for _, renewed_at in missed]
-        (row,) = await self._session.fetch(HEARTBEAT, relay_id, ready, self._direct, *gone)
+        beat = (relay_id, ready, self._direct, *gone, self._awaited_buckets())
+        (row,) = await self._session.fetch(self._heartbeat, *beat)
         if not row["registered"]:
             self._relay_id = None
             self._nudge.set()
             return
         self._valid_until = asked_at + self._lease_seconds
-        self.paused_topics = frozenset(row["paused_topics"])
+        paused_topics = frozenset(row["paused_topics"])
+        if paused_topics != self.paused_topics:
+            self.paused_topics = paused_topics
+            self.watch.wake()
+        self._wake(row["look"])
         unlocked = zip(row["unlocked_peers"], row["unlocked_renewed_at"], strict=True)
         self._unlocked_since = {peer: self._unlocked_since.get(peer, asked_at) for peer in unlocked}
         # What was read before a release that has happened meanwhile must not bring the slot back.
@@ -264,6 +307,8 @@ class Slots:
             return
         share = fair_share(row["slots"], row["ready_peers"], relay_id)
         self._surplus = set(sorted(self._owned)[share:])
+        if self._surplus:
+            self.watch.wake()  # to let go of them
         wanted = share - len(self._owned)
         if wanted > 0 and row["free"]:
             taken = await self._session.fetch(TAKE, relay_id, row["free"], wanted, *gone)
@@ -302,6 +347,7 @@ class Slots:
         for slot in gained:
             self._owned[slot] = _Owned(epochs[slot], self._emptiest_lane())
         if gained:
+            self.watch.wake()
             self._telemetry.slots_taken(gained, len(self._owned))
 
     def _emptiest_lane(self) -> int:

@@ -128,7 +128,7 @@ class ExplainedSession(Session):
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
         connection = await self.connection()
-        await connection.execute(self._begin)
+        await connection.execute(self._begin())
         try:
             yield
         finally:
@@ -167,6 +167,9 @@ async def source_on(
         lanes=lanes,
         lease_seconds=600.0,
         heartbeat_seconds=1.0,
+        look_seconds=0.5,
+        layout_buckets=BUCKETS,
+        layout_slots=SLOTS,
     )
     source = PollingSource(
         session,
@@ -557,7 +560,7 @@ async def test_a_batch_takes_the_same_statements_whatever_its_size(
             assert len(claim.records) == batch_rows
     settle = Statements(OUTBOX, deletes_sent=deletes_sent).settle
     assert fetched == 2 * [OWN, settle, STATEMENTS.claim["bytea"]]
-    assert executed == 2 * [session._begin, "COMMIT"]
+    assert executed == 2 * [session._begin(), "COMMIT"]
 
 
 # -- statements that are written otherwise

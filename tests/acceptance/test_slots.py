@@ -11,8 +11,8 @@ from outbox_relay.errors import SourceUnavailableError
 from outbox_relay.source import session
 from outbox_relay.source.session import Session
 from outbox_relay.source.slots import TAKE, Slots
+from outbox_relay.tables import BUCKETS, SLOTS
 from outbox_relay.telemetry import Telemetry
-from tests.acceptance.relays import SLOTS
 from tests.conftest import Database
 
 
@@ -41,6 +41,9 @@ async def test_slots_whose_taking_was_not_answered_are_owned_and_said_to_be(outb
             lanes=1,
             lease_seconds=60.0,
             heartbeat_seconds=0.05,
+            look_seconds=0.05,
+            layout_buckets=BUCKETS,
+            layout_slots=SLOTS,
         )
         slots.set_ready(0, True)
         with pytest.raises(SourceUnavailableError):

@@ -139,6 +139,9 @@ class PostgresWorld:
             lanes=1,
             lease_seconds=60.0,
             heartbeat_seconds=0.05,
+            look_seconds=0.05,
+            layout_buckets=64,
+            layout_slots=16,
         )
         source = PollingSource(
             Session(lane_database or database, "outbox-relay lane"),

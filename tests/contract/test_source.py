@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -85,6 +86,18 @@ async def marked(source: Source, world: SourceWorld, expected: set[int]) -> None
         return await world.sent() == expected
 
     await eventually(done, f"{expected} are marked")
+
+
+async def test_waiting_ends_when_there_is_something_to_claim(world: SourceWorld) -> None:
+    source = await world.source()
+    await world.insert(record(1))
+    await settled(source, Delivered)
+    await marked(source, world, {1})
+    waiting = asyncio.ensure_future(source.wait(0.5))
+    await world.insert(record(2))
+    async with asyncio.timeout(30):
+        await waiting
+    assert ids(await claimed(source)) == [2]
 
 
 async def not_ours_any_more(claim: Claim) -> None:
