@@ -9,14 +9,14 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import asyncpg
 import click
 
-from outbox_relay import __version__, config, daemon, logs, roles, schema, status
+from outbox_relay import __version__, config, daemon, logs, roles, schema, status, wake_up
 from outbox_relay.adoption import adoption_sql
 from outbox_relay.checks import findings
 from outbox_relay.cli_dead import dead_group
@@ -25,6 +25,9 @@ from outbox_relay.cli_operators import outbox_of, outbox_options
 from outbox_relay.cli_outbox import explain_row, pause_topic, replay_rows, resume_topic
 from outbox_relay.errors import OutboxRelayError, SourceUnavailableError
 from outbox_relay.source.session import Database, what_it_says
+from outbox_relay.source.statements import OUTBOX
+
+T = TypeVar("T")
 
 #: The demo found damage, or was interrupted, as shells count it.
 EXIT_DAMAGED = 1
@@ -144,32 +147,47 @@ def schema_group() -> None:
 @click.option(
     "--roles", "with_roles", is_flag=True, help="Instead, the roles that relays, applications and people need."
 )
+@click.option("--wake-up", "with_wake_up", is_flag=True, help="Instead, the trigger by which writers wake idle relays.")
 @click.option(
-    "--config", "path", type=click.Path(path_type=Path), help="With --roles: for the table that [table] names."
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    help="With --roles or --wake-up: for the table that [table] names.",
 )
-def schema_print(with_roles: bool, path: Path | None) -> None:
+def schema_print(with_roles: bool, with_wake_up: bool, path: Path | None) -> None:
     """Print the SQL."""
-    if path is None:
-        click.echo(roles.read_sql() if with_roles else schema.read_sql(), nl=False)
+    if with_roles and with_wake_up:
+        raise click.UsageError("--roles or --wake-up, one at a time")
+    if not with_roles and not with_wake_up:
+        if path is not None:
+            raise click.UsageError(
+                "--config goes with --roles or --wake-up; for a table of your own see `outbox-relay schema adopt`"
+            )
+        click.echo(schema.read_sql(), nl=False)
         return
-    if not with_roles:
-        raise click.UsageError("--config goes with --roles; for a table of your own see `outbox-relay schema adopt`")
-    with failing_clearly():
-        settings = config.load(path)
-    click.echo(roles.roles_sql(daemon.table_of(settings), settings.table.schema_), nl=False)
+    table, named = OUTBOX, ""
+    if path is not None:
+        with failing_clearly():
+            settings = config.load(path)
+        table, named = daemon.table_of(settings), settings.table.schema_
+    click.echo((roles.roles_sql if with_roles else wake_up.wake_up_sql)(table, named), nl=False)
 
 
 @schema_group.command("apply")
 @outbox_options
 @click.option("--roles", "with_roles", is_flag=True, help="Also the roles that relays, applications and people need.")
-def schema_apply(path: Path | None, database_url: str | None, with_roles: bool) -> None:
+@click.option("--wake-up", "with_wake_up", is_flag=True, help="Also the trigger by which writers wake idle relays.")
+def schema_apply(path: Path | None, database_url: str | None, with_roles: bool, with_wake_up: bool) -> None:
     """Create the tables, or upgrade them to this release; as their owner."""
     with failing_clearly():
         database, table = outbox_of(path, database_url)
-        click.echo(asyncio.run(_apply(database)))
+        click.echo(asyncio.run(_run(database, schema.apply)))
         if with_roles:
-            asyncio.run(_apply_roles(database, roles.roles_sql(table, database.schema)))
+            asyncio.run(_run(database, lambda c: roles.apply(c, roles.roles_sql(table, database.schema))))
             click.echo(f"the roles {', '.join(roles.ROLES)} have their rights; GRANT them to users that log in")
+        if with_wake_up:
+            asyncio.run(_run(database, lambda c: wake_up.apply(c, wake_up.wake_up_sql(table, database.schema))))
+            click.echo("writers wake idle relays, those that connect from now on")
 
 
 @schema_group.command("adopt")
@@ -191,14 +209,9 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-async def _apply(database: Database) -> schema.Applied:
+async def _run(database: Database, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
     async with _connected(database) as connection:
-        return await schema.apply(connection)
-
-
-async def _apply_roles(database: Database, sql: str) -> None:
-    async with _connected(database) as connection:
-        await roles.apply(connection, sql)
+        return await work(connection)
 
 
 @contextlib.asynccontextmanager

@@ -362,6 +362,7 @@ class RelayConfig(_Table):
     claims_in_flight: Annotated[int, Field(ge=1, le=16)] = 2
     poll_floor_seconds: Seconds = 0.01
     poll_ceiling_seconds: Annotated[Seconds, _at_least("poll_floor_seconds")] = 0.5
+    wake_up: bool = True
     retry_first_seconds: Seconds = 0.5
     retry_ceiling_seconds: Annotated[Seconds, _at_least("retry_first_seconds")] = 30.0
     max_attempts: Annotated[int, Field(ge=1, le=10_000)] = 10

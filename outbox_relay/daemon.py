@@ -168,6 +168,7 @@ async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once:
         layout_buckets=layout.buckets,
         layout_slots=layout.slots,
         table=table_of(config),
+        wake_up=config.relay.wake_up,
     )
     sources = [_source(config, layout, database, slots, lane, telemetry) for lane in lanes]
     poll = Poll(config.relay.poll_floor_seconds, config.relay.poll_ceiling_seconds)

@@ -111,8 +111,8 @@ class Telemetry:
 
     # -- ownership
 
-    def registered(self, relay_id: int, direct: bool) -> None:
-        self._log.info("relay.registered", relay_id=relay_id, direct=direct)
+    def registered(self, relay_id: int, direct: bool, is_woken: bool) -> None:
+        self._log.info("relay.registered", relay_id=relay_id, direct=direct, wake_up=is_woken)
 
     def slots_taken(self, slots: Collection[int], owned: int) -> None:
         self._log.info("slots.taken", slots=sorted(slots), owned=owned)

@@ -237,6 +237,12 @@ class Session:
             )
             return rows
 
+    async def listen(self, channel: str, notified: Callable[[], None]) -> None:
+        """Have ``notified`` called for each NOTIFY, for as long as this connection lives."""
+        connection = await self.connection()
+        with self.unavailable("listen"):
+            await connection.add_listener(channel, lambda *_: notified())
+
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
         """A transaction that is known to be durable when the block is left without an error.

@@ -23,7 +23,7 @@ from datetime import datetime
 from outbox_relay.errors import SourceUnavailableError
 from outbox_relay.source import watch
 from outbox_relay.source.session import Session
-from outbox_relay.source.statements import OUTBOX, OutboxTable
+from outbox_relay.source.statements import OUTBOX, OutboxTable, literal, quoted
 from outbox_relay.source.watch import Watch
 from outbox_relay.telemetry import Telemetry
 
@@ -79,7 +79,8 @@ _ALIVE = f"""peers AS MATERIALIZED (
 _HEARTBEAT = f"""
 -- heartbeat
 WITH renewed AS (
-    UPDATE outbox_relay SET renewed_at = now(), ready = $2, direct = $3 WHERE relay_id = $1 RETURNING relay_id
+    UPDATE outbox_relay SET renewed_at = now(), ready = $2, direct = $3, asleep = $7 WHERE relay_id = $1
+    RETURNING relay_id
 ), {_ALIVE.format(missed="$4", renewed_at="$5")}
 SELECT EXISTS (SELECT FROM renewed) AS registered,
        ARRAY(SELECT a.relay_id FROM alive a WHERE a.ready) AS ready_peers,
@@ -112,6 +113,13 @@ WHERE slot = ANY (ARRAY(
     FOR UPDATE SKIP LOCKED
 ))
 RETURNING slot, epoch
+"""
+
+# In a statement of its own: who writes a row after this is seen wakes the relay, and what was written before is seen by
+# the look that follows.
+FALL_ASLEEP = """
+-- fall asleep
+UPDATE outbox_relay SET asleep = true WHERE relay_id = $1
 """
 
 # Long dead relays are only history; a lease is what makes one dead.
@@ -161,6 +169,7 @@ class Slots:
         layout_buckets: int,
         layout_slots: int,
         table: OutboxTable = OUTBOX,
+        wake_up: bool = True,
     ) -> None:
         self._session = session
         self._telemetry = telemetry
@@ -171,6 +180,10 @@ class Slots:
         self._layout_slots = layout_slots
         self._heartbeat = _HEARTBEAT.format(look=watch.look(table, "$6"))
         self._look = _LOOK.format(look=watch.look(table, "$1"))
+        self._find_wake_up = watch.FIND_WAKE_UP.format(outbox_text=literal(quoted(table.name)))
+        self._wake_up = wake_up
+        self._is_woken = False  # by a NOTIFY, on the session of now
+        self._asleep = False  # says so, and looks no more between heartbeats
         self.watch = Watch(look_seconds)  #: where idle lanes wait
         self._relay_id: int | None = None
         self._former_id: int | None = None  # announced last; its row may be lost since
@@ -251,8 +264,10 @@ class Slots:
                     beats_at = now + self._heartbeat_seconds
                     await self.beat()
                     self._telemetry.database_available(self)
-                else:
+                elif not self._is_woken or len(self.watch.lanes) < len(self._ready):
                     await self.look()
+                elif not self._asleep:
+                    await self._fall_asleep()
             except SourceUnavailableError as error:
                 self._telemetry.database_unavailable(error, self)
                 # Who loses the database with us gets as long as we do to come back.
@@ -267,8 +282,14 @@ class Slots:
     async def look(self) -> None:
         """Wake the lanes that wait for what is there."""
         if buckets := self._awaited_buckets():
+            await self._announced()
             (row,) = await self._session.fetch(self._look, buckets)
             self._wake(row["look"])
+
+    async def _fall_asleep(self) -> None:
+        await self._session.fetch(FALL_ASLEEP, await self._announced())
+        self._asleep = True
+        await self.look()
 
     def _awaited_buckets(self) -> list[int]:
         slots = {slot for slot, owned in self._owned.items() if owned.lane in self.watch.lanes}
@@ -287,7 +308,8 @@ class Slots:
         missed_since = asked_at - _MISSED_HEARTBEATS * self._heartbeat_seconds
         missed = [peer for peer, since in self._unlocked_since.items() if since <= missed_since]
         gone = [relay_id for relay_id, _ in missed], [renewed_at for _, renewed_at in missed]
-        beat = (relay_id, ready, self._direct, *gone, self._awaited_buckets())
+        self._asleep = self._asleep and len(self.watch.lanes) == len(self._ready)
+        beat = (relay_id, ready, self._direct, *gone, self._awaited_buckets(), self._asleep)
         (row,) = await self._session.fetch(self._heartbeat, *beat)
         if not row["registered"]:
             self._relay_id = None
@@ -330,10 +352,19 @@ class Slots:
             await self._session.fetch(FORGET, relay_id)
         (row,) = await self._session.fetch(LOCK, relay_id, connection.get_server_pid())
         self._direct = row["direct"]
+        self._asleep = False
+        self._is_woken = self._wake_up and self._direct and await self._listen()
         if relay_id != self._former_id:
             self._former_id = relay_id
-            self._telemetry.registered(relay_id, self._direct)
+            self._telemetry.registered(relay_id, self._direct, self._is_woken)
         return relay_id
+
+    async def _listen(self) -> bool:
+        """Be woken by writers, if wake_up.sql was applied."""
+        channels = await self._session.fetch(self._find_wake_up)
+        for row in channels:
+            await self._session.listen(row["channel"], self.watch.wake)
+        return bool(channels)
 
     def _epochs(self) -> dict[int, int]:
         return {slot: owned.epoch for slot, owned in self._owned.items()}

@@ -23,6 +23,13 @@ _LOOK = """
            ) OR EXISTS (SELECT FROM outbox_parked p WHERE p.bucket = b.bucket AND p.due_at <= now())
        )"""
 
+# Where a NOTIFY comes when a row is written.
+FIND_WAKE_UP = """
+-- find the wake-up
+SELECT 'outbox_' || t.tgrelid AS channel FROM pg_trigger t
+WHERE t.tgrelid = {outbox_text}::regclass AND t.tgname = 'outbox_wake' AND t.tgenabled IN ('O', 'A')
+"""
+
 
 class Watch:
     """Who waits for rows. A lane that does is woken by :meth:`wake`."""

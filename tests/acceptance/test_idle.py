@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
+from uuid import uuid4
 
 import asyncpg
 import pytest
 from sqlalchemy import make_url
 
-from outbox_relay import outbox
+from outbox_relay import outbox, roles, schema, wake_up
 from outbox_relay.outbox import Message
 from outbox_relay.servers import Kafka
 from outbox_relay.source import watch
 from outbox_relay.source.session import Database as Server
 from outbox_relay.source.session import Session
+from outbox_relay.source.statements import OutboxTable
 from tests.acceptance.relays import compare, drained, new_topic, relay_process
 from tests.conftest import Database
 from tests.pgbouncer import pgbouncer
+from tests.roles import roles_sql
 from tests.tcp_proxy import TcpProxy
 from tests.waiting import eventually
 
@@ -95,6 +99,134 @@ async def test_a_row_that_is_due_wakes_an_idle_relay(outbox_database: Database, 
         await connection.execute("UPDATE outbox_parked SET due_at = now()")
         await drained(connection)
         assert await relay.stop() == 0
+
+
+async def test_a_look_that_finds_the_session_lost_announces_the_relay_anew(
+    outbox_database: Database, kafka: Kafka, proxy: TcpProxy
+) -> None:
+    """The next heartbeat is far away; without its lock the relay would count as lost until then."""
+    connection = await outbox_database.connect()
+    with relay_process(
+        through(proxy, outbox_database),
+        kafka.bootstrap_servers,
+        heartbeat_seconds=600.0,
+        lease_seconds=1800.0,
+        poll_ceiling_seconds=0.05,
+    ) as relay:
+        await relay.event("slots.taken")
+        pid = await eventually(partial(connection.fetchval, LOCK_HOLDER), "it has its lock")
+        assert await connection.fetchval("SELECT pg_terminate_backend($1, 30000)", pid)
+        await eventually(partial(connection.fetchval, LOCK_HOLDER), "it has its lock again")
+        assert await relay.stop() == 0
+
+
+LOCK_HOLDER = """
+SELECT pid FROM pg_locks
+WHERE locktype = 'advisory' AND granted AND classid = 'outbox_relay'::regclass
+  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+
+
+# -- woken by writers
+
+
+async def test_writers_wake_a_relay_that_neither_looks_nor_beats_for_long(
+    outbox_database: Database, kafka: Kafka, proxy: TcpProxy
+) -> None:
+    topic = await new_topic(kafka)
+    connection = await outbox_database.connect()
+    await connection.execute(wake_up.read_sql())
+    with relay_process(
+        through(proxy, outbox_database), kafka.bootstrap_servers, heartbeat_seconds=600.0, lease_seconds=1800.0
+    ) as relay:
+        assert (await relay.event("relay.registered"))["wake_up"]
+        for number in range(3):
+            await eventually(partial(connection.fetchval, ASLEEP), "it is asleep")
+            await outbox_add(connection, topic, f"k{number}")
+            await drained(connection, 30.0)
+        assert await relay.stop() == 0
+
+
+async def test_what_comes_without_a_word_is_seen_by_the_next_heartbeat(
+    outbox_database: Database, kafka: Kafka, proxy: TcpProxy
+) -> None:
+    """As from a writer whose INSERT was before the relay fell asleep and whose COMMIT is after."""
+    topic = await new_topic(kafka)
+    connection, early = await outbox_database.connect(), await outbox_database.connect()
+    await connection.execute(wake_up.read_sql())
+    with relay_process(
+        through(proxy, outbox_database), kafka.bootstrap_servers, heartbeat_seconds=1.0, start=False
+    ) as relay:
+        async with early.transaction():
+            await outbox.add_async(early, Message(topic, {}, key="k"))
+            relay.start()
+            await eventually(partial(connection.fetchval, ASLEEP), "it is asleep")
+        await drained(connection)
+        assert await relay.stop() == 0
+
+
+async def test_writers_say_a_word_a_transaction_and_only_while_a_relay_is_asleep(outbox_database: Database) -> None:
+    owner, listener = await outbox_database.connect(), await outbox_database.connect()
+    suffix = uuid4().hex[:8]
+    await roles.apply(owner, roles_sql(suffix))
+    await owner.execute(wake_up.read_sql())
+    words: list[str] = []
+    channel = await owner.fetchval("SELECT 'outbox_' || 'outbox'::regclass::oid")
+    await listener.add_listener(channel, lambda *word: words.append(word[3]))
+    await owner.execute("INSERT INTO outbox_relay (name, lease_seconds, ready, direct) VALUES ('r', 1, true, true)")
+
+    async def write() -> None:
+        async with owner.transaction():
+            # Who may write messages, and nothing else.
+            await owner.execute(f"SET LOCAL ROLE outbox_writer_{suffix}")
+            for _ in range(3):
+                await outbox.add_async(owner, Message("t", {}, key="k"), Message("t", {}, key="l"))
+        await listener.execute("SELECT")
+
+    await write()
+    assert words == []
+    await owner.execute("UPDATE outbox_relay SET asleep = true")
+    await write()
+    assert words == [""]
+    await write()
+    assert words == ["", ""]
+
+
+async def test_the_wake_up_of_a_table_of_another_name_in_a_schema(outbox_database: Database) -> None:
+    connection = await outbox_database.connect()
+    await connection.execute('CREATE SCHEMA "of orders"; SET search_path = "of orders"')
+    await schema.apply(connection)
+    await connection.execute("ALTER TABLE outbox RENAME TO \"the 'messages'\"; SET search_path = public")
+    table = OutboxTable(name="the 'messages'")
+    await wake_up.apply(connection, wake_up.wake_up_sql(table, "of orders"))
+    await wake_up.apply(connection, wake_up.wake_up_sql(table, "of orders"))
+    await connection.execute("INSERT INTO \"of orders\".\"the 'messages'\" (topic, key, payload) VALUES ('t', 'k', '')")
+    woken_by = "SELECT tgrelid::regclass::text FROM pg_trigger WHERE tgname = 'outbox_wake'"
+    assert await connection.fetchval(woken_by) == '"of orders"."the \'messages\'"'
+
+
+ASLEEP = "SELECT EXISTS (SELECT FROM outbox_relay WHERE asleep)"
+
+
+async def test_nobody_wakes_a_relay_behind_a_pooler_or_that_is_told_not_to_be(
+    outbox_database: Database, kafka: Kafka
+) -> None:
+    connection = await outbox_database.connect()
+    await connection.execute(wake_up.read_sql())
+    url = make_url(outbox_database.url)
+    with pgbouncer("session", url.port or 0, url.username or "") as port:
+        pooled = url.set(port=port).render_as_string(hide_password=False)
+        with (
+            relay_process(pooled, kafka.bootstrap_servers) as behind,
+            relay_process(outbox_database.url, kafka.bootstrap_servers, wake_up=False) as told,
+        ):
+            for relay, direct in ((behind, False), (told, True)):
+                registered = await relay.event("relay.registered")
+                assert (registered["direct"], registered["wake_up"]) == (direct, False)
+            assert [await relay.stop() for relay in (behind, told)] == [0, 0]
+
+
+# -- sessions
 
 
 async def test_a_session_of_its_own_keeps_its_settings_and_asks_in_one_message(

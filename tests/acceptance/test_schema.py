@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 from sqlalchemy import NullPool, create_engine, make_url
 
-from outbox_relay import schema, tables
+from outbox_relay import roles, schema, tables, wake_up
 from outbox_relay.errors import SchemaError
 from outbox_relay.message import RESERVED_HEADERS
 from tests.conftest import Database
@@ -111,6 +111,8 @@ def test_the_wheel_carries_the_schema(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("outbox_relay/schema.sql").decode() == schema.read_sql()
+        assert archive.read("outbox_relay/roles.sql").decode() == roles.read_sql()
+        assert archive.read("outbox_relay/wake_up.sql").decode() == wake_up.read_sql()
     assert schema.read_sql() == (REPOSITORY / "schema.sql").read_text("utf-8")
 
 
