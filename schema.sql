@@ -135,8 +135,8 @@ CREATE TABLE outbox_relay (
     -- Holds an advisory lock that dies with its process, so that others needn't wait for the lease.
     -- False behind a connection pooler, where a session is not the relay's own.
     direct        boolean          NOT NULL,
-    -- Waits for nothing but a NOTIFY, see wake_up.sql.
-    asleep        boolean          NOT NULL DEFAULT false,
+    -- Waits for a NOTIFY, see wake_up.sql.
+    listens       boolean          NOT NULL DEFAULT false,
 
     CONSTRAINT outbox_relay_pkey PRIMARY KEY (relay_id)
     -- Nothing is set here, nor for outbox_slot and outbox_layout: no index has what changes in them, so a row's new

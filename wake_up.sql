@@ -4,8 +4,8 @@
 --
 --     DROP TRIGGER outbox_wake ON outbox;
 --
--- What it costs a writer: a look at outbox_relay for each INSERT, and, only while a relay is idle, a NOTIFY, for which
--- PostgreSQL lets transactions commit one after another. A transaction that has it can't be prepared (PREPARE
+-- What it costs a writer: a look at outbox_relay for each INSERT, and, only while a relay listens, a NOTIFY, for which
+-- PostgreSQL lets transactions commit one after another. Relays listen while little is written. A transaction that has it can't be prepared (PREPARE
 -- TRANSACTION): leave this out where writers do that.
 DO $make$ BEGIN
     -- It runs with its owner's rights, so that writers need none, and so each name in it has its schema.
@@ -14,7 +14,7 @@ DO $make$ BEGIN
         LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
         AS $wake$
         BEGIN
-            IF EXISTS (SELECT FROM %1$I.outbox_relay WHERE asleep) THEN
+            IF EXISTS (SELECT FROM %1$I.outbox_relay WHERE listens) THEN
                 -- At most once a transaction, since they are all alike.
                 PERFORM pg_notify('outbox_' || TG_RELID, '');
             END IF;

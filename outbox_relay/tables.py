@@ -160,7 +160,7 @@ outbox_relay = Table(
     Column("lease_seconds", Double, nullable=False),
     Column("ready", Boolean, nullable=False),
     Column("direct", Boolean, nullable=False),
-    Column("asleep", Boolean, nullable=False, server_default=text("false")),
+    Column("listens", Boolean, nullable=False, server_default=text("false")),
     PrimaryKeyConstraint("relay_id", name="outbox_relay_pkey"),
 )
 

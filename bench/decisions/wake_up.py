@@ -1,7 +1,7 @@
-"""What waking relays costs writers: ``python -m bench.decisions.wake_up``, for docs/decisions/0011.
+"""What waking relays costs writers: ``python -m bench.decisions.wake_up``, for docs/decisions/0012.
 
-Each writer commits one row a transaction, as fast as it can, with no trigger, with the product's while no relay is
-asleep, and with it while one is. One session listens, as a relay would.
+Each writer commits one row a transaction, as fast as it can: with no trigger, with the product's while no relay
+listens, and with it while one does.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ROUNDS = 5
 SECONDS = 2.0
 WRITERS = (1, 8)
 
-ASLEEP, AWAKE = "UPDATE outbox_relay SET asleep = true", "UPDATE outbox_relay SET asleep = false"
+LISTENS, DOES_NOT = "UPDATE outbox_relay SET listens = true", "UPDATE outbox_relay SET listens = false"
 ARMS = {
     "no trigger": "ALTER TABLE outbox DISABLE TRIGGER outbox_wake",
-    "trigger, no relay is asleep": f"ALTER TABLE outbox ENABLE TRIGGER outbox_wake; {AWAKE}",
-    "trigger, a relay is asleep": f"ALTER TABLE outbox ENABLE TRIGGER outbox_wake; {ASLEEP}",
+    "trigger, no relay listens": f"ALTER TABLE outbox ENABLE TRIGGER outbox_wake; {DOES_NOT}",
+    "trigger, a relay listens": f"ALTER TABLE outbox ENABLE TRIGGER outbox_wake; {LISTENS}",
 }
 RELAY = "INSERT INTO outbox_relay (name, lease_seconds, ready, direct) VALUES ('r', 1, true, true)"
 INSERT = "INSERT INTO outbox (topic, key, payload) VALUES ('t', $1, $2)"

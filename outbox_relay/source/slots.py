@@ -33,6 +33,9 @@ _LOCK_CLASS = "'outbox_relay'::regclass::oid::bigint::bit(32)::integer"
 #: A living relay that lost its connection has its lock again after one heartbeat, or a little more.
 _MISSED_HEARTBEATS = 2
 
+#: With more NOTIFYs than this between two heartbeats a relay doesn't ask for them until all its lanes are idle.
+_MOST_WORDS = 20
+
 # $3 is who this relay was before its row was lost: slots that nobody has taken since are still its own.
 REGISTER = """
 -- register
@@ -79,7 +82,7 @@ _ALIVE = f"""peers AS MATERIALIZED (
 _HEARTBEAT = f"""
 -- heartbeat
 WITH renewed AS (
-    UPDATE outbox_relay SET renewed_at = now(), ready = $2, direct = $3, asleep = $7 WHERE relay_id = $1
+    UPDATE outbox_relay SET renewed_at = now(), ready = $2, direct = $3, listens = $7 WHERE relay_id = $1
     RETURNING relay_id
 ), {_ALIVE.format(missed="$4", renewed_at="$5")}
 SELECT EXISTS (SELECT FROM renewed) AS registered,
@@ -115,11 +118,11 @@ WHERE slot = ANY (ARRAY(
 RETURNING slot, epoch
 """
 
-# In a statement of its own: who writes a row after this is seen wakes the relay, and what was written before is seen by
+# In a statement of its own: who writes a row once this is seen wakes the relay, and what was written before is seen by
 # the look that follows.
-FALL_ASLEEP = """
--- fall asleep
-UPDATE outbox_relay SET asleep = true WHERE relay_id = $1
+LISTEN = """
+-- listen
+UPDATE outbox_relay SET listens = true WHERE relay_id = $1
 """
 
 # Long dead relays are only history; a lease is what makes one dead.
@@ -183,7 +186,7 @@ class Slots:
         self._find_wake_up = watch.FIND_WAKE_UP.format(outbox_text=literal(quoted(table.name)))
         self._wake_up = wake_up
         self._is_woken = False  # by a NOTIFY, on the session of now
-        self._asleep = False  # says so, and looks no more between heartbeats
+        self._listens = False  # and has said so: it looks no more between heartbeats
         self.watch = Watch(look_seconds)  #: where idle lanes wait
         self._relay_id: int | None = None
         self._former_id: int | None = None  # announced last; its row may be lost since
@@ -264,10 +267,11 @@ class Slots:
                     beats_at = now + self._heartbeat_seconds
                     await self.beat()
                     self._telemetry.database_available(self)
-                elif not self._is_woken or len(self.watch.lanes) < len(self._ready):
+                elif not self._listens:
+                    if self._is_woken and len(self.watch.lanes) == len(self._ready):
+                        await self._session.fetch(LISTEN, await self._announced())
+                        self._listens = True
                     await self.look()
-                elif not self._asleep:
-                    await self._fall_asleep()
             except SourceUnavailableError as error:
                 self._telemetry.database_unavailable(error, self)
                 # Who loses the database with us gets as long as we do to come back.
@@ -286,11 +290,6 @@ class Slots:
             (row,) = await self._session.fetch(self._look, buckets)
             self._wake(row["look"])
 
-    async def _fall_asleep(self) -> None:
-        await self._session.fetch(FALL_ASLEEP, await self._announced())
-        self._asleep = True
-        await self.look()
-
     def _awaited_buckets(self) -> list[int]:
         slots = {slot for slot, owned in self._owned.items() if owned.lane in self.watch.lanes}
         return [bucket for bucket in range(self._layout_buckets) if bucket % self._layout_slots in slots]
@@ -308,8 +307,10 @@ class Slots:
         missed_since = asked_at - _MISSED_HEARTBEATS * self._heartbeat_seconds
         missed = [peer for peer, since in self._unlocked_since.items() if since <= missed_since]
         gone = [relay_id for relay_id, _ in missed], [renewed_at for _, renewed_at in missed]
-        self._asleep = self._asleep and len(self.watch.lanes) == len(self._ready)
-        beat = (relay_id, ready, self._direct, *gone, self._awaited_buckets(), self._asleep)
+        # Each NOTIFY costs all writers. Where many write, lanes find something soon anyway.
+        self._listens = self._listens and self.watch.words <= _MOST_WORDS
+        self.watch.words = 0
+        beat = (relay_id, ready, self._direct, *gone, self._awaited_buckets(), self._listens)
         (row,) = await self._session.fetch(self._heartbeat, *beat)
         if not row["registered"]:
             self._relay_id = None
@@ -352,7 +353,7 @@ class Slots:
             await self._session.fetch(FORGET, relay_id)
         (row,) = await self._session.fetch(LOCK, relay_id, connection.get_server_pid())
         self._direct = row["direct"]
-        self._asleep = False
+        self._listens = False
         self._is_woken = self._wake_up and self._direct and await self._listen()
         if relay_id != self._former_id:
             self._former_id = relay_id
@@ -363,7 +364,7 @@ class Slots:
         """Be woken by writers, if wake_up.sql was applied."""
         channels = await self._session.fetch(self._find_wake_up)
         for row in channels:
-            await self._session.listen(row["channel"], self.watch.wake)
+            await self._session.listen(row["channel"], self.watch.word)
         return bool(channels)
 
     def _epochs(self) -> dict[int, int]:

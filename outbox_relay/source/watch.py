@@ -36,6 +36,7 @@ class Watch:
 
     def __init__(self, look_seconds: float) -> None:
         self.look_seconds = look_seconds  #: between two looks
+        self.words = 0  #: from writers, since it was set to 0
         self._waiting: dict[int, asyncio.Event] = {}
 
     @property
@@ -56,6 +57,11 @@ class Watch:
         for lane, woken in self._waiting.items():
             if lanes is None or lane in lanes:
                 woken.set()
+
+    def word(self) -> None:
+        """A writer says that it has written something."""
+        self.words += 1
+        self.wake()
 
 
 def look(table: OutboxTable, buckets: str) -> str:

@@ -141,16 +141,36 @@ async def test_writers_wake_a_relay_that_neither_looks_nor_beats_for_long(
     ) as relay:
         assert (await relay.event("relay.registered"))["wake_up"]
         for number in range(3):
-            await eventually(partial(connection.fetchval, ASLEEP), "it is asleep")
+            await eventually(partial(connection.fetchval, LISTENS), "it listens")
             await outbox_add(connection, topic, f"k{number}")
             await drained(connection, 30.0)
+        assert await relay.stop() == 0
+
+
+async def test_a_relay_that_is_woken_often_listens_no_more_until_it_is_idle(
+    outbox_database: Database, kafka: Kafka
+) -> None:
+    topic = await new_topic(kafka)
+    connection = await outbox_database.connect()
+    await connection.execute(wake_up.read_sql())
+    with relay_process(outbox_database.url, kafka.bootstrap_servers, heartbeat_seconds=2.0) as relay:
+        for _ in range(2):
+            await eventually(partial(connection.fetchval, LISTENS), "it listens")
+
+            async def listens_no_more() -> bool:
+                for number in range(50):
+                    await outbox_add(connection, topic, f"k{number}")
+                return not await connection.fetchval(LISTENS)
+
+            await eventually(listens_no_more, "it listens no more")
+            await drained(connection)
         assert await relay.stop() == 0
 
 
 async def test_what_comes_without_a_word_is_seen_by_the_next_heartbeat(
     outbox_database: Database, kafka: Kafka, proxy: TcpProxy
 ) -> None:
-    """As from a writer whose INSERT was before the relay fell asleep and whose COMMIT is after."""
+    """As from a writer whose INSERT was before the relay listens and whose COMMIT is after."""
     topic = await new_topic(kafka)
     connection, early = await outbox_database.connect(), await outbox_database.connect()
     await connection.execute(wake_up.read_sql())
@@ -160,12 +180,12 @@ async def test_what_comes_without_a_word_is_seen_by_the_next_heartbeat(
         async with early.transaction():
             await outbox.add_async(early, Message(topic, {}, key="k"))
             relay.start()
-            await eventually(partial(connection.fetchval, ASLEEP), "it is asleep")
+            await eventually(partial(connection.fetchval, LISTENS), "it listens")
         await drained(connection)
         assert await relay.stop() == 0
 
 
-async def test_writers_say_a_word_a_transaction_and_only_while_a_relay_is_asleep(outbox_database: Database) -> None:
+async def test_writers_say_a_word_a_transaction_and_only_while_a_relay_listens(outbox_database: Database) -> None:
     owner, listener = await outbox_database.connect(), await outbox_database.connect()
     suffix = uuid4().hex[:8]
     await roles.apply(owner, roles_sql(suffix))
@@ -185,7 +205,7 @@ async def test_writers_say_a_word_a_transaction_and_only_while_a_relay_is_asleep
 
     await write()
     assert words == []
-    await owner.execute("UPDATE outbox_relay SET asleep = true")
+    await owner.execute("UPDATE outbox_relay SET listens = true")
     await write()
     assert words == [""]
     await write()
@@ -205,7 +225,7 @@ async def test_the_wake_up_of_a_table_of_another_name_in_a_schema(outbox_databas
     assert await connection.fetchval(woken_by) == '"of orders"."the \'messages\'"'
 
 
-ASLEEP = "SELECT EXISTS (SELECT FROM outbox_relay WHERE asleep)"
+LISTENS = "SELECT EXISTS (SELECT FROM outbox_relay WHERE listens)"
 
 
 async def test_nobody_wakes_a_relay_behind_a_pooler_or_that_is_told_not_to_be(
