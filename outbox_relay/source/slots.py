@@ -268,9 +268,7 @@ class Slots:
                     await self.beat()
                     self._telemetry.database_available(self)
                 elif not self._listens:
-                    if self._is_woken and len(self.watch.lanes) == len(self._ready):
-                        await self._session.fetch(LISTEN, await self._announced())
-                        self._listens = True
+                    await self._listen_if_idle()
                     await self.look()
             except SourceUnavailableError as error:
                 self._telemetry.database_unavailable(error, self)
@@ -282,6 +280,12 @@ class Slots:
                 beats_at = 0.0
             except TimeoutError:
                 continue
+
+    async def _listen_if_idle(self) -> None:
+        relay_id = await self._announced()
+        if self._is_woken and len(self.watch.lanes) == len(self._ready):
+            await self._session.fetch(LISTEN, relay_id)
+            self._listens = True
 
     async def look(self) -> None:
         """Wake the lanes that wait for what is there."""
@@ -354,13 +358,13 @@ class Slots:
         (row,) = await self._session.fetch(LOCK, relay_id, connection.get_server_pid())
         self._direct = row["direct"]
         self._listens = False
-        self._is_woken = self._wake_up and self._direct and await self._listen()
+        self._is_woken = self._wake_up and self._direct and await self._hear_writers()
         if relay_id != self._former_id:
             self._former_id = relay_id
             self._telemetry.registered(relay_id, self._direct, self._is_woken)
         return relay_id
 
-    async def _listen(self) -> bool:
+    async def _hear_writers(self) -> bool:
         """Be woken by writers, if wake_up.sql was applied."""
         channels = await self._session.fetch(self._find_wake_up)
         for row in channels:
