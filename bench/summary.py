@@ -29,8 +29,8 @@ def summarise(results: Iterable[Result]) -> Summary:
         elif workload in _LATENCIES:
             summary[workload] = _latency(arms)
     ours = {workload: arms["mark"] for workload, arms in by_workload.items() if "mark" in arms}
-    if "after_idle" in ours:
-        summary["after_idle"] = _percentiles(ours["after_idle"])
+    if woken := by_workload.get("after_idle", {}).get("mark, woken"):
+        summary["after_idle"] = _percentiles(woken)
     if "idle" in ours:
         summary["idle"] = {
             name: median(ours["idle"], itemgetter(name)) for name in ("cpu_percent", "statements_per_second")
@@ -86,7 +86,7 @@ def roof(result: Result) -> Mapping[str, float]:
 
 def _latency(arms: Mapping[str, Result]) -> Summary:
     others = {name: _percentiles(result) for name, result in arms.items() if name not in (*OURS, *LOOPS)}
-    found: Summary = {name: _percentiles(arms[name]) for name in LOOPS if name in arms}
+    found: Summary = {name: _percentiles(arms[name]) for name in ("mark, woken", *LOOPS) if name in arms}
     if "mark" in arms:
         found["ours"] = _percentiles(arms["mark"])
     return {**found, "peers": others}

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import asyncpg
-
 from bench.arms import ArmUnavailableError, Run
 from bench.arms.process import Process
-from outbox_relay import schema
+from bench.stage import connected
+from outbox_relay import schema, wake_up
 from outbox_relay.config import RelayConfig
+from outbox_relay.source.statements import OUTBOX
 
 INSERT = """
 INSERT INTO outbox (topic, key, type, payload)
@@ -86,6 +86,18 @@ class Mark(Ours):
     deletes: ClassVar[bool] = False
 
 
+class Woken(Mark):
+    """The same, and writers wake it while it is idle."""
+
+    name: ClassVar[str] = "mark, woken"
+    note: ClassVar[str] = "with the trigger by which writers wake an idle relay (`schema apply --wake-up`)"
+
+    async def prepare(self, run: Run) -> None:
+        await super().prepare(run)
+        async with connected(run.database_url) as connection:
+            await wake_up.apply(connection, wake_up.wake_up_sql(OUTBOX))
+
+
 class FourProcesses(Mark):
     """Four relays share the outbox."""
 
@@ -103,20 +115,14 @@ class Delete(Ours):
 
 async def create_outbox(run: Run) -> None:
     """The product's schema, as it is shipped."""
-    connection = await asyncpg.connect(run.database_url, timeout=10)
-    try:
+    async with connected(run.database_url) as connection:
         await schema.apply(connection)
-    finally:
-        await connection.close(timeout=10)
 
 
 async def count_in(run: Run, statement: str) -> int:
     """What a statement counts in the run's database."""
-    connection = await asyncpg.connect(run.database_url, timeout=10)
-    try:
+    async with connected(run.database_url) as connection:
         return int(await connection.fetchval(statement, timeout=60))
-    finally:
-        await connection.close(timeout=10)
 
 
 def _toml(config: Mapping[str, Mapping[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from bench.arms import Arm
 from bench.arms.debezium import Debezium
 from bench.arms.faststream import Faststream, FaststreamOrdered
 from bench.arms.loops import Batched, Textbook
-from bench.arms.ours import Delete, FourProcesses, Mark
+from bench.arms.ours import Delete, FourProcesses, Mark, Woken
 from bench.arms.txoutbox import Txoutbox
 
 #: In the order of tables.
@@ -18,6 +18,7 @@ ARMS: Mapping[str, Callable[[], Arm]] = {
         Mark,
         Delete,
         FourProcesses,
+        Woken,
         Textbook,
         Batched,
         Debezium,
