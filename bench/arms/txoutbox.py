@@ -14,7 +14,7 @@ class Txoutbox(PypiArm):
     ordered: ClassVar[bool] = True
     deletes: ClassVar[bool] = False
     slow: ClassVar[bool] = True
-    note: ClassVar[str] = "txoutbox 0.2.2, rounds of 2,000, woken by NOTIFY."
+    note: ClassVar[str] = "txoutbox 0.2.2, rounds of 16,000, woken by NOTIFY."
     peer: ClassVar[str] = "txoutbox"
     pending: ClassVar[str] = "SELECT count(*) FROM outbox WHERE status = 'pending'"
 
