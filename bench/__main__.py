@@ -102,11 +102,17 @@ async def _one(
         return False
     except Exception as error:
         # Of any kind: the others go on, and the result says what went wrong.
-        figures = {"problem": str(error) or type(error).__name__}
+        figures = {"problem": _problem(error)}
         said = f"no result: {figures['problem']}"
     results.add(workload.name, arm, round_, figures, **_about(arm), **about)
     print(f"{title}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
     return True
+
+
+def _problem(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) or type(error).__name__
 
 
 def _about(arm: str) -> dict[str, Any]:
