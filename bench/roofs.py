@@ -28,6 +28,7 @@ from outbox_relay import daemon
 from outbox_relay.config import Config
 from outbox_relay.message import Delivered, Record
 from outbox_relay.relay import Publisher
+from outbox_relay.source.polling import CLAIM_BYTES
 from outbox_relay.source.statements import OUTBOX, Statements
 
 #: Batch size and claims in flight.
@@ -94,7 +95,11 @@ async def _claim_and_mark(stage: Stage, run: Run, count: int, batch: int, claims
             async with connection.transaction():
                 if ids:
                     await settle.fetch(ids)
-                rows = await claim.fetch(buckets, batch // len(buckets), batch, [], [], [], []) if left > 0 else []
+                rows = (
+                    await claim.fetch(buckets, batch // len(buckets), batch, [], [], [], [], CLAIM_BYTES)
+                    if left > 0
+                    else []
+                )
             ids = [row["id"] for row in rows]
             left -= len(ids)
             if not ids:

@@ -272,6 +272,7 @@ def _source(
         layout_buckets=layout.buckets,
         layout_slots=layout.slots,
         batch_rows=config.relay.batch_rows,
+        claim_bytes=config.relay.max_in_flight_bytes // config.relay.claims_in_flight,
         policies=policies_of(config),
         table=table_of(config),
         deletes_sent=config.relay.after_publish == "delete",

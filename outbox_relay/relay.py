@@ -132,7 +132,11 @@ class Relay:
                     outcomes = await self._publisher.publish(claim.records, claim.is_ours)
                     self._source.settle(outcomes)
                     self._telemetry.published(outcomes)
-                if not claim.is_idle:
+                    del outcomes
+                is_idle = claim.is_idle
+                # What was published is let go of before more is claimed, or there would be twice as much.
+                del claim
+                if not is_idle:
                     pause_seconds = 0.0
                 elif self._once:
                     break

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import asyncpg
@@ -136,11 +136,11 @@ class Parking:
 
     def row_refused(self, retry: Retry, ownership: Ownership) -> None:
         """``ownership``: what its row was claimed under."""
-        self._refused[retry.record.id] = _Refused(retry, ownership)
+        self._refused[retry.record.id] = _Refused(_without_contents(retry), ownership)
 
     def topic_refused(self, retry: Retry) -> None:
         topic = retry.record.topic
-        self._unproven[topic] = retry
+        self._unproven[topic] = _without_contents(retry)
         self._telemetry.refused(retry, *self._holds.hold(topic))
 
     def row_stuck(self, id_: int, line: Line, error: BaseException) -> float:
@@ -425,6 +425,11 @@ class Parking:
             and _line(row["topic"], row["key"]) in self._lines.get(row["bucket"] % self._layout_slots, ())
             and self._policies.of(row["topic"]).block
         )
+
+
+def _without_contents(retry: Retry) -> Retry:
+    """What is remembered while a row waits, which may be long, and large."""
+    return replace(retry, record=replace(retry.record, value=None, headers=()))
 
 
 def _line(topic: str, key: str | None) -> int:

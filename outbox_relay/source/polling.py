@@ -50,6 +50,9 @@ _LAST_SETTLE_SECONDS = 5.0
 #: other topics. So does everything when so many can't be read, and none can.
 _MANY_REFUSED = 20
 
+#: The most bytes in one claim, unless a single row has more.
+CLAIM_BYTES = 5 * 1024 * 1024
+
 #: A row that PostgreSQL doesn't let be marked, or deleted, is tried again this seldom.
 _UNMARKABLE = Backoff(first_seconds=1.0, ceiling_seconds=60.0)
 #: With so many of them nothing more is claimed: when this relay ends they are published once more.
@@ -70,6 +73,7 @@ class PollingSource:
         layout_slots: int,
         batch_rows: int,
         policies: Policies,
+        claim_bytes: int = CLAIM_BYTES,
         table: OutboxTable = OUTBOX,
         deletes_sent: bool = False,
     ) -> None:
@@ -80,8 +84,10 @@ class PollingSource:
         self._layout_buckets = layout_buckets
         self._layout_slots = layout_slots
         self._batch_rows = batch_rows
+        self._claim_bytes = claim_bytes
+        self._most_rows = batch_rows  # of the next claim
         self._statements = Statements(table, deletes_sent=deletes_sent)
-        session.prepares(self._statements.all())
+        session.prepares(self._statements.untyped())
         self._deletions = Deletions(session, table) if deletes_sent else None
         self._payload_type: str | None = None
         self._claimed: dict[int, Ownership] = {}  # by id, the claim that is out
@@ -113,6 +119,9 @@ class PollingSource:
     async def _claim_of(self, epochs: dict[int, int]) -> Claim:
         if self._deletions is not None and (self._published or not self._deletions.announced):
             await self._deletions.announce()
+        if self._payload_type is None:
+            ((self._payload_type,),) = await self._session.fetch(self._statements.payload_type)
+            self._session.prepares(self._statements.typed(self._payload_type))
         async with self._session.transaction():
             epochs = await self._own(epochs)
             settled = await self._settle(epochs)
@@ -236,24 +245,41 @@ class PollingSource:
         buckets = self._buckets(epochs)
         if not buckets or len(self._unmarkable) >= _MOST_UNMARKABLE:
             return []
-        if self._payload_type is None:
-            ((self._payload_type,),) = await self._session.fetch(self._statements.payload_type)
+        assert self._payload_type is not None
         held = [*self._locked.active(), *self._parking.stuck()]
         lines = [*(line for line in held if isinstance(line, tuple)), *self._parking.refused_lines()]
-        rows = (line for line in held if isinstance(line, int))
+        alone = (line for line in held if isinstance(line, int))
         arguments = (
             buckets,
-            max(1, self._batch_rows // len(buckets)),
-            self._batch_rows,
-            [*(self._published.keys() - settled), *rows, *self._parking.refused_ids],
+            max(1, self._most_rows // len(buckets)),
+            self._most_rows,
+            [*(self._published.keys() - settled), *alone, *self._parking.refused_ids],
             self._parking.held_topics(),
             [topic for topic, _ in lines],
             [key for _, key in lines],
+            self._claim_bytes,
         )
         if self._rows.careful:
             candidates = await self._session.fetch(self._statements.candidates, *arguments)
-            return await self._read_each([row["id"] for row in candidates], epochs)
-        return await self._session.fetch(self._statements.claim[self._payload_type], *arguments)
+            return await self._read_each(await self._fitting([row["id"] for row in candidates]), epochs)
+        rows = await self._session.fetch(self._statements.claim[self._payload_type], *arguments)
+        # Where rows are large few of them fit, and no more are looked at than may.
+        is_full = bool(rows) and 2 * rows[-1]["bytes"] > self._claim_bytes
+        self._most_rows = min(self._batch_rows, 2 * len(rows)) if is_full else self._batch_rows
+        return rows
+
+    async def _fitting(self, ids: Sequence[int]) -> Sequence[int]:
+        """The first that fit into a claim, and one at least. What can't be measured isn't read either."""
+        assert self._payload_type is not None
+        statement = self._statements.sizes[self._payload_type]
+        rows, refused = await self._rows.run(ids, lambda some: self._session.fetch(statement, some))
+        sizes = {**{row["id"]: row["size"] for row in rows}, **dict.fromkeys(refused, 0)}
+        left = self._claim_bytes
+        for count, id_ in enumerate(ids):
+            left -= sizes.get(id_, left + 1)
+            if left < 0 and count:
+                return ids[:count]
+        return ids
 
     async def _read_each(self, ids: Sequence[int], epochs: Mapping[int, int]) -> list[asyncpg.Record]:
         """The candidates that can be read. Others are to be parked, and what waits for them is left out."""

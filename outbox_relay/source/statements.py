@@ -9,6 +9,7 @@ nothing else; ``tests/acceptance/test_plans.py`` states what a row may cost.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -41,7 +42,7 @@ _TEMPLATE = re.compile(r"((?:[^{}]|\{\{|\}\})+)|\{([^{}]+)\}")
 
 
 class Statements:
-    """The statements over one table; ``claim`` depends on the type of the payload, which ``payload_type`` asks for.
+    """The statements over one table; those of ``typed`` depend on the type of the payload, which ``payload_type`` asks.
 
     Rows that were sent are marked, or with ``deletes_sent`` deleted.
     """
@@ -57,35 +58,37 @@ class Statements:
             "created_at": created_at(table.created_at) if table.created_at else "NULL::text",
             **{name: quoted(getattr(table, name)) for name in ("id", "event_id", "sent_at", "parked_at", "bucket")},
         }
-        first = _UNSENT.format(start=f">= (owned.bucket, {_SMALLEST})", of="owned.bucket", limit="$2", **names)
-        next_ = _UNSENT.format(start="> (deep.bucket, deep.last_id)", of="deep.bucket", limit="$3", **names)
         how = "DELETE FROM {outbox} AS sent" if deletes_sent else "UPDATE {outbox} AS sent SET {sent_at} = now()"
         self.settle = _SETTLE.format(how=how.format(**names), **names)
         self.unsettled = _UNSETTLED.format(**names)
         self.payload_type = _PAYLOAD_TYPE.format(outbox=literal(names["outbox"]), payload=literal(table.payload))
         payload = f"o.{quoted(table.payload)}"
         # A payload goes through as PostgreSQL prints it, and is never decoded by the relay.
-        printed = {"bytea": payload, "other": f"convert_to({payload}::text, 'UTF8')"}
+        printed = dict.fromkeys(("text", "other"), f"convert_to({payload}::text, 'UTF8')") | {"bytea": payload}
         locked = {type_: _LOCKED.format(payload=payload, **names) for type_, payload in printed.items()}
-        candidates = _CANDIDATES.format(first=first, next=next_)
-        self.claim = {type_: _CLAIM.format(candidates=candidates, locked=locked[type_]) for type_ in printed}
-        self.candidates = _CANDIDATE_IDS.format(candidates=candidates)
+        sizes = _sizes(table)
+        self.claim = {
+            type_: _CLAIM.format(candidates=_candidates(sizes[type_], names), locked=locked[type_]) for type_ in printed
+        }
+        self.candidates = _CANDIDATE_IDS.format(candidates=_candidates("0", names))
+        self.sizes = {type_: _SIZES.format(size=sizes[type_], **names) for type_ in printed}
         self.read = {type_: _READ.format(locked=locked[type_], **names) for type_ in printed}
         self.identify = _IDENTIFY.format(**names)
 
-    def all(self) -> list[str]:
-        """Every statement of a claim but those of what waits."""
-        return [
-            OWN,
-            self.settle,
-            self.unsettled,
-            RELEASE,
-            self.payload_type,
-            *self.claim.values(),
-            self.candidates,
-            *self.read.values(),
-            self.identify,
-        ]
+    def untyped(self) -> list[str]:
+        """Those of a claim, but for what waits, that suit any payload."""
+        return [OWN, self.settle, self.unsettled, RELEASE, self.payload_type, self.candidates, self.identify]
+
+    def typed(self, payload_type: str) -> list[str]:
+        """Those that suit payloads of this type alone."""
+        return [self.claim[payload_type], self.sizes[payload_type], self.read[payload_type]]
+
+
+def _candidates(size: str, names: Mapping[str, str]) -> str:
+    """``size`` of a row, in bytes."""
+    first = _UNSENT.format(start=f">= (owned.bucket, {_SMALLEST})", of="owned.bucket", limit="$2", size=size, **names)
+    next_ = _UNSENT.format(start="> (deep.bucket, deep.last_id)", of="deep.bucket", limit="$3", size=size, **names)
+    return _CANDIDATES.format(first=first, next=next_)
 
 
 def quoted(name: str) -> str:
@@ -126,6 +129,35 @@ def topic_of(template: str) -> str:
         else:
             parts.append(literal(text.replace("{{", "{").replace("}}", "}")))
     return f"({' || '.join(parts)})"
+
+
+#: What a row counts for besides its payload, its key and its headers, in bytes: what Python keeps of it, about.
+ROW_BYTES = 1_500
+
+
+def _sizes(table: OutboxTable) -> dict[str, str]:
+    """By type of payload, what a row counts for, in bytes; nothing that is kept out of line is read for it.
+
+    Of bytea and text the length is kept beside it. Of anything else (json, jsonb) what is stored is about what is
+    printed, unless it is compressed: only that is printed to be measured.
+    """
+    payload = f"o.{quoted(table.payload)}"
+    rest = f"{ROW_BYTES} + coalesce(octet_length(o.{quoted(table.key)}::text), 0)"
+    if table.headers:
+        rest += f" + coalesce({_stored(f'o.{quoted(table.headers)}')}, 0)"
+    of_payload = {
+        "bytea": f"octet_length({payload})",
+        "text": f"octet_length({payload}::text)",
+        "other": _stored(payload),
+    }
+    return {type_: f"{rest} + coalesce({size}, 0)" for type_, size in of_payload.items()}
+
+
+def _stored(column: str) -> str:
+    return (
+        f"CASE WHEN pg_column_compression({column}) IS NULL THEN pg_column_size({column})"
+        f" ELSE octet_length({column}::text) END"
+    )
 
 
 # The smallest bigint, since an application may choose its own ids.
@@ -178,7 +210,7 @@ UPDATE outbox_slot SET owner = NULL, epoch = epoch + 1 WHERE slot = ANY ($1::sma
 # an order by id the planner walks the primary key instead. What waits is a hashed subquery; <> ALL (…) would compare
 # each row with each thing that waits.
 _UNSENT = """
-        SELECT o.{id} AS id, o.{bucket} AS bucket, {topic} AS topic, {key} AS key
+        SELECT o.{id} AS id, o.{bucket} AS bucket, {topic} AS topic, {key} AS key, {size} AS size
         FROM {outbox} o
         WHERE (o.{bucket}, o.{id}) {start}
           AND (o.{bucket}, o.{id}) < ({of} + 1, -9223372036854775808)
@@ -193,32 +225,39 @@ _UNSENT = """
 
 # Each bucket is read on its own, so that no backlog of a bucket that isn't ours is stepped over. Each gives its share
 # of the batch, so that none waits for another's backlog, and the room that is left goes to those that have more, the
-# one with the oldest rows first. So hardly more is read than is taken, however the backlog is spread. Locked in order
+# one with the oldest rows first. So hardly more is read than is taken, however the backlog is spread. Taken are, in
+# order of id, those that fit into $8 bytes, and one at least: what is left behind of a key is its end. Locked in order
 # of id, since neighbours by id are neighbours on disk.
 _CANDIDATES = """
 WITH share AS MATERIALIZED (
-    SELECT c.id, c.bucket, c.topic, c.key
+    SELECT c.id, c.bucket, c.topic, c.key, c.size
     FROM unnest($1::smallint[]) AS owned (bucket)
     CROSS JOIN LATERAL ({first}
     ) AS c
 ), room AS MATERIALIZED (
-    SELECT c.id, c.bucket, c.topic, c.key
+    SELECT c.id, c.bucket, c.topic, c.key, c.size
     FROM (SELECT s.bucket, max(s.id) AS last_id FROM share s
           GROUP BY s.bucket HAVING count(*) = $2 ORDER BY last_id) AS deep
     CROSS JOIN LATERAL ({next}
     ) AS c
     LIMIT greatest(0, $3 - (SELECT count(*) FROM share))
-), candidates AS (
-    SELECT s.id, s.bucket, s.topic, s.key FROM share s
+), oldest AS (
+    SELECT s.id, s.bucket, s.topic, s.key, s.size FROM share s
     UNION ALL
-    SELECT r.id, r.bucket, r.topic, r.key FROM room r
+    SELECT r.id, r.bucket, r.topic, r.key, r.size FROM room r
     ORDER BY id
     LIMIT $3
+), candidates AS (
+    SELECT f.id, f.bucket, f.topic, f.key, f.bytes
+    FROM (SELECT o.id, o.bucket, o.topic, o.key, o.size,
+                 sum(o.size) OVER (ORDER BY o.id ROWS UNBOUNDED PRECEDING) AS bytes
+          FROM oldest o) AS f
+    WHERE f.bytes <= $8::bigint OR f.bytes = f.size
 )"""
 
 # A candidate without a row beside it couldn't be locked, or was changed meanwhile: there its key is cut.
 _LOCKED = """
-SELECT c.id, c.bucket, c.topic, c.key,
+SELECT c.id, c.bucket, c.topic, c.key, c.bytes,
        locked.event_id, locked.type, locked.payload, locked.headers, locked.created_at
 FROM candidates AS c
 LEFT JOIN LATERAL (
@@ -235,16 +274,22 @@ ORDER BY c.id
 _CLAIM = """
 -- claim{candidates}{locked}"""
 
-# A claim in parts, where one of its rows can't be read: which rows it would have, then some of them at a time.
+# A claim in parts, where one of its rows can't be read: which rows it would have, how large they are, then some of them
+# at a time.
 _CANDIDATE_IDS = """
 -- candidates{candidates}
 SELECT c.id FROM candidates c ORDER BY c.id
 """
 
+_SIZES = """
+-- sizes
+SELECT o.{id} AS id, {size} AS size FROM {outbox} o WHERE o.{id} = ANY ($1::bigint[])
+"""
+
 _READ = """
 -- read
 WITH candidates AS (
-    SELECT o.{id} AS id, o.{bucket} AS bucket, {topic} AS topic, {key} AS key
+    SELECT o.{id} AS id, o.{bucket} AS bucket, {topic} AS topic, {key} AS key, 0 AS bytes
     FROM {outbox} o WHERE o.{id} = ANY ($1::bigint[]) AND num_nulls(o.{sent_at}) = 1
 ){locked}"""
 
@@ -257,6 +302,7 @@ FROM {outbox} o WHERE o.{id} = ANY ($1::bigint[])
 
 _PAYLOAD_TYPE = """
 -- payload type
-SELECT CASE WHEN a.atttypid = 'bytea'::regtype THEN 'bytea' ELSE 'other' END AS payload
+SELECT CASE WHEN a.atttypid = 'bytea'::regtype THEN 'bytea'
+            WHEN a.atttypid IN ('text'::regtype, 'varchar'::regtype) THEN 'text' ELSE 'other' END AS payload
 FROM pg_attribute a WHERE a.attrelid = {outbox}::regclass AND a.attname = {payload}
 """

@@ -31,11 +31,11 @@ from outbox_relay.retry import Backoff
 from outbox_relay.servers import Postgres
 from outbox_relay.source import pruning
 from outbox_relay.source.parking_statements import DUE
-from outbox_relay.source.polling import PollingSource
+from outbox_relay.source.polling import CLAIM_BYTES, PollingSource
 from outbox_relay.source.pruning import Pruner
 from outbox_relay.source.session import Database, Session
 from outbox_relay.source.slots import Slots
-from outbox_relay.source.statements import OUTBOX, OWN, Statements, created_at
+from outbox_relay.source.statements import OUTBOX, OWN, ROW_BYTES, Statements, created_at
 from outbox_relay.tables import BUCKETS, SLOTS
 from outbox_relay.telemetry import Telemetry
 from tests.conftest import Database as DatabaseForTest
@@ -491,6 +491,24 @@ async def test_a_backlog_in_one_bucket_costs_no_more(outbox_database: DatabaseFo
         assert_claim_is_cheap(session, BATCH_ROWS)
 
 
+async def test_of_large_rows_hardly_more_are_looked_at_than_fit_into_a_claim(outbox_database: DatabaseForTest) -> None:
+    connection = await own_statistics(outbox_database)
+    await connection.execute(
+        "INSERT INTO outbox (topic, key, payload) SELECT 'orders', 'k' || n, convert_to(repeat('x', 100000), 'UTF8')"
+        " FROM generate_series(1, 500) AS n"
+    )
+    session = ExplainedSession(outbox_database.url)
+    async with source_on(session, outbox_database.url) as source:
+        taken = [len((await source.claim()).records) for _ in range(2)]
+        assert taken[0] == taken[1] == CLAIM_BYTES // (100_000 + ROW_BYTES)
+        looked_at = sum(
+            node["Actual Rows"] * node["Actual Loops"]
+            for node in session.last("claim").nodes()
+            if node.get("Relation Name") == "outbox" and "Scan" in node["Node Type"]
+        )
+        assert looked_at <= BUCKETS + 4 * taken[1]
+
+
 async def test_marked_rows_are_passed_by_until_vacuum_removes_them(outbox_database: DatabaseForTest) -> None:
     """The index keeps an entry for each marked row until VACUUM. A claim that meets it looks at its row, and notes in
     the index that the row is dead, so later claims read the index's pages, and no row. It can't note that as long as
@@ -567,12 +585,12 @@ async def test_a_batch_takes_the_same_statements_whatever_its_size(
 
 BY_ID = f"""
 -- claim
-SELECT c.id, c.bucket, c.topic, c.key, c.event_id, c.type, c.payload, c.headers, c.created_at
+SELECT c.id, c.bucket, c.topic, c.key, 0::bigint AS bytes, c.event_id, c.type, c.payload, c.headers, c.created_at
 FROM (
     SELECT o.id, o.bucket, o.topic, o.key, o.event_id::text, o.type, o.payload, o.headers::text,
            {created_at("created_at")} AS created_at
     FROM outbox o
-    WHERE o.bucket = ANY ($1::smallint[]) AND o.sent_at IS NULL AND $2::int > 0
+    WHERE o.bucket = ANY ($1::smallint[]) AND o.sent_at IS NULL AND $2::int > 0 AND $8::bigint > 0
       AND o.id <> ALL ($4::bigint[]) AND o.topic <> ALL ($5::text[])
       AND (o.key IS NULL OR (o.topic, o.key) NOT IN (
                    SELECT held.topic, held.key FROM unnest($6::text[], $7::text[]) AS held (topic, key)))

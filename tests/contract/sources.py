@@ -16,7 +16,7 @@ from outbox_relay.message import Record
 from outbox_relay.relay import Source
 from outbox_relay.retry import Backoff
 from outbox_relay.source import session
-from outbox_relay.source.polling import PollingSource
+from outbox_relay.source.polling import CLAIM_BYTES, PollingSource
 from outbox_relay.source.session import Session
 from outbox_relay.source.slots import Slots
 from outbox_relay.telemetry import Telemetry
@@ -128,7 +128,12 @@ class PostgresWorld:
         return self._inserted - {row["id"] for row in rows}
 
     async def source(
-        self, *, batch_rows: int = 100, policies: Policies = POLICIES, lane_database: session.Database | None = None
+        self,
+        *,
+        batch_rows: int = 100,
+        claim_bytes: int = CLAIM_BYTES,
+        policies: Policies = POLICIES,
+        lane_database: session.Database | None = None,
     ) -> PollingSource:
         database = session.Database(self._database.url, 5.0, 5.0)
         telemetry = Telemetry()
@@ -151,6 +156,7 @@ class PostgresWorld:
             layout_buckets=64,
             layout_slots=16,
             batch_rows=batch_rows,
+            claim_bytes=claim_bytes,
             policies=policies,
             deletes_sent=self._deletes_sent,
         )

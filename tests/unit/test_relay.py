@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -46,6 +49,32 @@ async def test_a_stop_settles_what_is_in_flight_and_claims_nothing_more() -> Non
     await relay.run()
     assert outbox.sent == {1, 2, 3, 4, 5}
     assert outbox.owner is None
+
+
+async def test_nothing_of_a_claim_is_kept_while_the_next_is_made() -> None:
+    outbox, broker = outbox_of(50), MemoryBroker()
+    kept: list[weakref.ref[Kept]] = []
+
+    class Kept(list[Any]):
+        """A list that can be watched."""
+
+    def watched(items: Sequence[Any]) -> Kept:
+        own = Kept(items)
+        kept.append(weakref.ref(own))
+        return own
+
+    class Claims(MemorySource):
+        async def claim(self) -> Claim:
+            assert all(each() is None for each in kept)
+            claim = await super().claim()
+            return replace(claim, records=watched(claim.records))
+
+    class Publishes(MemoryPublisher):
+        async def publish(self, records: Sequence[Record], is_ours: Callable[[], bool]) -> list[Outcome]:
+            return watched(await super().publish(records, is_ours))
+
+    await relay_of(Claims(outbox, batch_rows=10), Publishes(broker), once=True).run()
+    assert len(kept) > 10
 
 
 async def test_a_source_that_is_out_of_reach_is_asked_again() -> None:
