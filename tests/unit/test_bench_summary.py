@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from bench.goals import goals
 from bench.idle import executed
 from bench.measuring import interleaved
-from bench.report import in_short, rounded, tables
+from bench.plots import Bar, bars
+from bench.report import in_order, in_short, rounded, tables, write_document
 from bench.results import Results
 from bench.steady import percentiles
 from bench.summary import Result, summarise
@@ -102,6 +105,36 @@ def test_tables_name_what_failed_and_what_a_reader_must_know() -> None:
 )
 def test_a_run_is_said_in_one_line(figures: dict[str, Any], said: str) -> None:
     assert in_short(figures) == said
+
+
+def test_bars_are_as_long_as_what_they_show() -> None:
+    found = ElementTree.fromstring(
+        bars("A <title>", "/s", [Bar("ours", 80, 100, 120, True), Bar("a & b", 50, 50, 50, False)])
+    )
+    shapes = {kind: found.findall(f"{{http://www.w3.org/2000/svg}}{kind}") for kind in ("rect", "line", "text")}
+    _, ours, other = (float(rect.get("width", "0")) for rect in shapes["rect"])
+    assert ours == pytest.approx(2 * other, rel=0.01)
+    line, start = shapes["line"][0], float(shapes["rect"][1].get("x", "0"))
+    low, high = ((float(line.get(end, "0")) - start) / ours for end in ("x1", "x2"))
+    assert low == pytest.approx(0.8, rel=0.01)
+    assert high == pytest.approx(1.2, rel=0.01)
+    assert [text.text for text in shapes["text"]] == ["A <title>", "ours", "100 /s", "a & b", "50.0 /s"]
+
+
+def test_the_document_has_a_plot_for_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    about = {"measured_at": "2026-01-01T00:00:00+00:00", "processor": "some", "memory_gb": 8.0, "system": "Linux"}
+    machine = {**MACHINE, **about, "python": "3.11", "postgresql": "18", "kafka": "4.4"}
+    results = in_order({**one, "machine": machine} for one in reversed(DRAINS))
+    write_document(results, summarise(results))
+    text = (tmp_path / "docs" / "performance.md").read_text()
+    plots = re.findall(r"\]\((performance/[^)]*)\)", text)
+    assert plots == ["performance/drain_300_rate.svg", "performance/drain_300_cpu.svg"]
+    assert all((tmp_path / "docs" / plot).exists() for plot in plots)
+    assert "on 2 cores (some), 8 GB" in text
+    places = [text.index(f"| {arm} |") for arm in ("mark", "textbook", "debezium")]
+    assert places == sorted(places), "as the registry lists them"
 
 
 def test_a_run_that_has_its_result_is_not_run_again(tmp_path: Path) -> None:
