@@ -47,11 +47,12 @@ KEYS = 50_000
 BATCH_ROWS = 2_000
 
 # What a statement may cost, in buffers. Measured at most: a row claimed 5.8, a row that is stepped over 0.7, a bucket
-# without rows 2.1, a row marked 12.8 (15.3 in a claim of 61), a row that couldn't be marked 3.1, a slot owned 3.
+# without rows 2.1, a row marked 12.8 (15.3 in a claim of 61, and 20.3 before PostgreSQL 17, where each of many ids is looked
+# up from the root of the index), a row that couldn't be marked 3.1, a slot owned 3.
 CLAIM_A_ROW = 8
 CLAIM_A_ROW_STEPPED_OVER = 1
 CLAIM_A_BUCKET = 4
-SETTLE_A_ROW = 20
+SETTLE_A_ROW = 24
 UNSETTLED_A_ROW = 6
 OWN_A_SLOT = 4
 
@@ -424,7 +425,9 @@ async def test_a_look_at_the_status_reads_a_bounded_number_of_rows(million: Mill
 
 
 #: By the name of retention's statements: the most buffers a row. Measured: 0.02, and 3.1 of a row that is deleted.
+#: Before PostgreSQL 17: 9.0.
 PRUNE = {"look for rows to prune": 1, "prune sent rows": 6}
+PRUNE_BEFORE_17 = {**PRUNE, "prune sent rows": 12}
 
 
 async def test_old_rows_are_found_and_deleted_by_the_primary_key(million: Million, outbox: State) -> None:
@@ -432,7 +435,9 @@ async def test_old_rows_are_found_and_deleted_by_the_primary_key(million: Millio
     batches = iter([True] * 3)
     # All that are sent are older than that.
     await Pruner(session, Telemetry(), lambda: next(batches, False), retention_hours=0.0001).sweep()
-    for label, buffers in PRUNE.items():
+    version = (await session.connection()).get_server_version()
+    await session.close()
+    for label, buffers in (PRUNE if version >= (17,) else PRUNE_BEFORE_17).items():
         found = [explained for explained in session.explained if explained.label == label]
         assert len(found) == 3
         for explained in found:
