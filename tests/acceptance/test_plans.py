@@ -47,8 +47,8 @@ KEYS = 50_000
 BATCH_ROWS = 2_000
 
 # What a statement may cost, in buffers. Measured at most: a row claimed 5.8, a row that is stepped over 0.7, a bucket
-# without rows 2.1, a row marked 12.8 (15.3 in a claim of 61, and 20.3 before PostgreSQL 17, where each of many ids is looked
-# up from the root of the index), a row that couldn't be marked 3.1, a slot owned 3.
+# without rows 2.1, a row marked 12.8 (15.3 in a claim of 61; before PostgreSQL 17, where each of many ids is looked up
+# from the root of the index, 20.3), a row that couldn't be marked 3.1, a slot owned 3.
 CLAIM_A_ROW = 8
 CLAIM_A_ROW_STEPPED_OVER = 1
 CLAIM_A_BUCKET = 4
