@@ -469,13 +469,18 @@ def down(server: PostgresServer) -> Iterator[None]:
 def frozen(server: PostgresServer) -> Iterator[None]:
     """Connections stay, and are taken, and nothing answers."""
     processes = family_of(server.pid)
-    for pid in processes:
-        os.kill(pid, signal.SIGSTOP)
+
+    def signal_all(number: signal.Signals) -> None:
+        for pid in processes:
+            # One that ends by itself, a worker of autovacuum say, may be gone before it could be stopped.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    signal_all(signal.SIGSTOP)
     try:
         yield
     finally:
-        for pid in processes:
-            os.kill(pid, signal.SIGCONT)
+        signal_all(signal.SIGCONT)
 
 
 @pytest.mark.parametrize("lost", ["stopped", "frozen"])
