@@ -58,15 +58,18 @@ outbox = Table(
         nullable=False,
     ),
     PrimaryKeyConstraint("id", name="outbox_pkey"),
-    CheckConstraint("topic ~ '^[a-zA-Z0-9._-]{1,249}$' AND topic NOT IN ('.', '..')", name="outbox_topic_is_legal"),
+    CheckConstraint(
+        "sent_at IS NOT NULL OR topic ~ '^[a-zA-Z0-9._-]{1,249}$' AND topic NOT IN ('.', '..')",
+        name="outbox_topic_is_legal",
+    ),
     CheckConstraint("payload IS NOT NULL OR key IS NOT NULL", name="outbox_tombstone_has_key"),
     CheckConstraint(
-        "CASE WHEN jsonb_typeof(headers) = 'object' THEN NOT jsonb_path_exists(headers,"
-        """ 'strict $.* ? (@.type() != "string")') ELSE false END""",
+        "CASE WHEN sent_at IS NOT NULL THEN true WHEN jsonb_typeof(headers) = 'object'"
+        """ THEN NOT jsonb_path_exists(headers, 'strict $.* ? (@.type() != "string")') ELSE false END""",
         name="outbox_headers_are_flat_strings",
     ),
     CheckConstraint(
-        f"headers - ARRAY[{', '.join(repr(name) for name in RESERVED_HEADERS)}] = headers",
+        f"sent_at IS NOT NULL OR headers - ARRAY[{', '.join(repr(name) for name in RESERVED_HEADERS)}] = headers",
         name="outbox_headers_are_not_reserved",
     ),
 )
