@@ -52,7 +52,7 @@ outbox = Table(
         "bucket",
         SmallInteger,
         Computed(
-            f"(CASE WHEN key IS NULL THEN id ELSE hashtextextended(key, 0) END & {BUCKETS - 1})::smallint",
+            f"(coalesce(hashtextextended(key, 0), id, (sent_at IS NULL)::integer) & {BUCKETS - 1})::smallint",
             persisted=True,
         ),
         nullable=False,
