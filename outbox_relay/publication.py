@@ -10,7 +10,7 @@ the records ahead of the bad one go first, and other partitions go on beside it.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -30,7 +30,7 @@ class Publication:
         self._records = records
         self._batch_bytes = min(batch_bytes, request_bytes) - _BATCH_OVERHEAD_BYTES
         self._request_bytes = request_bytes
-        self._queues: dict[Partition, deque[Record]] = {}
+        self._queues: dict[Partition, deque[Record]] = defaultdict(deque)
         #: How many records at most are taken of a partition in which one is at fault.
         self._most: dict[Partition, int] = {}
         #: Keys with a record that Kafka refused: nothing later of theirs may go.
@@ -47,7 +47,7 @@ class Publication:
 
     def add(self, partition: Partition, record: Record) -> None:
         """Queue a record, behind those that were added before it."""
-        self._queues.setdefault(partition, deque()).append(record)
+        self._queues[partition].append(record)
 
     def next_round(self) -> dict[Partition, list[Record]]:
         """The next batch of each partition; empty when nothing is left to send."""

@@ -5,6 +5,7 @@ Ids go into logs, keys and payloads never do.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -25,7 +26,10 @@ class Telemetry:
     """Events of one relay process as structured log lines. Names and fields are stable; ``docs/logs.md`` lists them."""
 
     def __init__(self, **context: Any) -> None:
-        self._log = structlog.get_logger("outbox_relay").bind(**context)
+        log = structlog.get_logger("outbox_relay").bind(**context)
+        self._log = log
+        #: Said of every row, so not even put together where nobody wants to know.
+        self._lists_ids: bool = log.is_enabled_for(logging.DEBUG)
         self._database = _Outage()
         self._schema = _Outage()
         self._kafka = _Outage()
@@ -135,13 +139,16 @@ class Telemetry:
             self._say_progress(self._published_at)  # since when there was nothing to send
         if self._progress_from is None:
             self._progress_from = now
-        self._log.debug("claim.made", rows=len(records), ids=[record.id for record in records])
+        if self._lists_ids:
+            self._log.debug("claim.made", rows=len(records), ids=[record.id for record in records])
 
     def published(self, outcomes: Sequence[Outcome]) -> None:
-        delivered = [outcome.record.id for outcome in outcomes if isinstance(outcome, Delivered)]
-        self._log.debug("claim.published", delivered=len(delivered), ids=delivered)
-        self._delivered += len(delivered)
-        self._not_delivered += len(outcomes) - len(delivered)
+        delivered = sum(isinstance(outcome, Delivered) for outcome in outcomes)
+        if self._lists_ids:
+            ids = [outcome.record.id for outcome in outcomes if isinstance(outcome, Delivered)]
+            self._log.debug("claim.published", delivered=delivered, ids=ids)
+        self._delivered += delivered
+        self._not_delivered += len(outcomes) - delivered
         now = self._published_at = time.monotonic()
         if self._progress_from is None:  # claimed before what was said last
             self._progress_from = now
@@ -161,8 +168,9 @@ class Telemetry:
         self._delivered = self._not_delivered = 0
         self._progress_from = None
 
-    def settled(self, ids: Sequence[int]) -> None:
-        self._log.debug("claim.settled", rows=len(ids), ids=ids)
+    def settled(self, ids: Collection[int]) -> None:
+        if self._lists_ids:
+            self._log.debug("claim.settled", rows=len(ids), ids=sorted(ids))
 
     def settle_postponed(self, ids: Sequence[int]) -> None:
         self._log.warning(

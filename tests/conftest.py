@@ -11,6 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
+import hypothesis
 import pytest
 from sqlalchemy import make_url
 
@@ -19,6 +20,12 @@ from outbox_relay.servers import Kafka, MavenUnreachableError, Postgres, Postgre
 
 # pytest-asyncio remembers "the loop of before" and thereby makes one that nobody closes, unless there is surely none.
 asyncio.set_event_loop(None)
+
+# No test fails because the machine was busy.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("untimed")
 
 #: A crash of PostgreSQL, which the tests provoke, loses nothing without fsync; only a crash of the machine would.
 POSTGRES_SETTINGS = {"fsync": "off", "full_page_writes": "off", "max_connections": "300"}

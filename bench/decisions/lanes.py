@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from enum import StrEnum
 
@@ -47,7 +47,7 @@ class Watch(Telemetry):
     def published(self, outcomes: Sequence[Outcome]) -> None:
         self.delivered += sum(isinstance(outcome, Delivered) for outcome in outcomes)
 
-    def settled(self, ids: Sequence[int]) -> None:
+    def settled(self, ids: Collection[int]) -> None:
         self.settled_rows += len(ids)
         self.last_settled = time.monotonic()
 

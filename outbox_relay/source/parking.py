@@ -125,6 +125,11 @@ class Parking:
 
     # -- what became of rows
 
+    @property
+    def awaits_deliveries(self) -> bool:
+        """Whether :meth:`delivered` has anything to learn."""
+        return bool(self._trying or self._unproven)
+
     def delivered(self, record: Record, *, topic_refused: bool) -> None:
         """``topic_refused``: one partition of the topic may answer while another doesn't."""
         if (tried := self._trying.get(record.id)) and tried.refused_before:

@@ -255,7 +255,8 @@ WITH share AS MATERIALIZED (
     WHERE f.bytes <= $8::bigint OR f.bytes = f.size
 )"""
 
-# A candidate without a row beside it couldn't be locked, or was changed meanwhile: there its key is cut.
+# A candidate without a row beside it couldn't be locked, or was changed meanwhile: there its key is cut. The
+# columns are read by their position.
 _LOCKED = """
 SELECT c.id, c.bucket, c.topic, c.key, c.bytes,
        locked.event_id, locked.type, locked.payload, locked.headers, locked.created_at

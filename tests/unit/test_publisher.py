@@ -116,7 +116,7 @@ def of_kind(outcomes: Sequence[Outcome], kind: type[Outcome]) -> list[int]:
 rows = st.lists(
     st.tuples(st.sampled_from(["a", "b", "c", None]), st.sampled_from([b"good"] * 4 + [b"bad"])), max_size=40
 )
-hypothesis_settings = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+hypothesis_settings = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @hypothesis_settings
