@@ -24,6 +24,8 @@ from bench.writers import Load, Written
 
 #: Written before anything is measured: connections are made, plans and code are warm.
 WARM_UP_SECONDS = 5.0
+#: Then writers connect anew, and the relay has become idle meanwhile, which isn't what steady writing is about.
+_LEAD_IN_SECONDS = 1.0
 _ARRIVE_SECONDS = 60.0
 _NO_ROWS = 1
 
@@ -109,9 +111,11 @@ async def steady(stage: Stage, arm: Arm, *, rate: float, seconds: float, size: i
             warm = await writers.write(Load(run.database_url, rate, WARM_UP_SECONDS))
             await arrivals.all_of([one.n for one in warm])
             cpu, began = stage.cpu(arm.pids), time.monotonic()
-            written = await writers.write(Load(run.database_url, rate, seconds, first=len(warm)))
+            written = await writers.write(Load(run.database_url, rate, _LEAD_IN_SECONDS + seconds, first=len(warm)))
             used, took = stage.cpu(arm.pids) - cpu, time.monotonic() - began
             await arrivals.all_of([one.n for one in written])
+            starts = min(one.due for one in written) + _LEAD_IN_SECONDS
+            written = [one for one in written if one.due >= starts]
             rss = peak_rss_mb(arm.pids)
         await arm.stop()
         _, verdict = await checked(run, arm, complete=True)

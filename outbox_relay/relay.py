@@ -90,13 +90,16 @@ class Publisher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Poll:
-    """How long to wait after a claim that found nothing: from floor to ceiling, doubling."""
+    """How long to wait after a claim that found nothing: from floor to ceiling, each time by half more.
+
+    If it doubled, a pause between two messages would be followed by a wait as long for the second.
+    """
 
     floor_seconds: float
     ceiling_seconds: float
 
     def next_seconds(self, previous_seconds: float) -> float:
-        return min(self.ceiling_seconds, max(self.floor_seconds, previous_seconds * 2))
+        return min(self.ceiling_seconds, max(self.floor_seconds, previous_seconds * 1.5))
 
 
 class Relay:

@@ -146,9 +146,9 @@ async def test_a_defect_in_the_source_ends_the_relay_and_closes_kafka() -> None:
     assert not publisher.ready
 
 
-def test_the_poll_doubles_from_floor_to_ceiling() -> None:
-    poll = Poll(0.1, 0.5)
+def test_the_poll_grows_by_half_from_floor_to_ceiling() -> None:
+    poll = Poll(0.1, 0.3)
     pauses = [0.0]
     for _ in range(5):
         pauses.append(poll.next_seconds(pauses[-1]))
-    assert pauses[1:] == [0.1, 0.2, 0.4, 0.5, 0.5]
+    assert pauses[1:] == pytest.approx([0.1, 0.15, 0.225, 0.3, 0.3])
