@@ -173,6 +173,7 @@ async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once:
     layout = await verifying
 
     lanes = range(config.relay.claims_in_flight)
+    poll = Poll(config.relay.poll_floor_seconds, config.relay.poll_ceiling_seconds)
     slots = Slots(
         heart,
         telemetry,
@@ -180,14 +181,13 @@ async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once:
         lanes=len(lanes),
         lease_seconds=config.relay.lease_seconds,
         heartbeat_seconds=config.relay.heartbeat_seconds,
-        look_seconds=config.relay.poll_ceiling_seconds,
+        poll=poll,
         layout_buckets=layout.buckets,
         layout_slots=layout.slots,
         table=table_of(config),
         wake_up=config.relay.wake_up,
     )
     sources = [_source(config, layout, database, slots, lane, telemetry) for lane in lanes]
-    poll = Poll(config.relay.poll_floor_seconds, config.relay.poll_ceiling_seconds)
     relays = [Relay(source, _publisher(config, telemetry), poll, telemetry, once=once) for source in sources]
 
     def in_flight() -> int:

@@ -93,7 +93,7 @@ async def opened(
         lanes=len(lanes),
         lease_seconds=relay.lease_seconds,
         heartbeat_seconds=relay.heartbeat_seconds,
-        look_seconds=relay.poll_ceiling_seconds,
+        poll=Poll(relay.poll_floor_seconds, relay.poll_ceiling_seconds),
         layout_buckets=layout.buckets,
         layout_slots=layout.slots,
     )

@@ -137,12 +137,11 @@ class PollingSource:
         return Claim(records, lambda: self._slots.held(epochs), is_idle=not rows)
 
     async def wait(self, seconds: float) -> None:
-        watch = self._slots.watch
         # What a look doesn't find is asked for by claims.
-        if seconds < watch.look_seconds or self._parking.waits_for_time or self._slots.surplus:
+        if self._parking.waits_for_time or self._slots.surplus:
             await asyncio.sleep(seconds)
         else:
-            await watch.wait(self._lane)
+            await self._slots.watch.wait(self._lane, seconds)
 
     def settle(self, outcomes: Sequence[Outcome]) -> None:
         refused_topics = _refused_topics(outcomes)

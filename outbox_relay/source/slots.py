@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass
 from datetime import datetime
 
 from outbox_relay.errors import SourceUnavailableError
+from outbox_relay.relay import Poll
 from outbox_relay.source import watch
 from outbox_relay.source.session import Session
 from outbox_relay.source.statements import OUTBOX, OutboxTable, literal, quoted
@@ -168,7 +170,7 @@ class Slots:
         lanes: int,
         lease_seconds: float,
         heartbeat_seconds: float,
-        look_seconds: float,
+        poll: Poll,
         layout_buckets: int,
         layout_slots: int,
         table: OutboxTable = OUTBOX,
@@ -187,7 +189,7 @@ class Slots:
         self._wake_up = wake_up
         self._is_woken = False  # by a NOTIFY, on the session of now
         self._listens = False  # and has said so: it looks no more between heartbeats
-        self.watch = Watch(look_seconds)  #: where idle lanes wait
+        self.watch = Watch(poll, self._look_sooner)  #: where idle lanes wait
         self._relay_id: int | None = None
         self._former_id: int | None = None  # announced last; its row may be lost since
         self._direct = False
@@ -199,7 +201,8 @@ class Slots:
         self._ready = [False] * lanes
         self.paused_topics: frozenset[str] = frozenset()  #: whose rows wait until an operator resumes them
         self._valid_until = 0.0
-        self._nudge = asyncio.Event()
+        self._nudge = asyncio.Event()  # to beat at once, or to look sooner
+        self._beats_at = 0.0
         self._first_beat = asyncio.Event()
 
     # -- what lanes ask
@@ -240,7 +243,7 @@ class Slots:
         """Whether the lane can publish. A relay that isn't ready in every lane takes no further slots."""
         if self._ready[lane] != ready:
             self._ready[lane] = ready
-            self._nudge.set()
+            self._beat_at_once()
 
     def released(self, slots: Iterable[int]) -> None:
         self._releases += 1
@@ -259,31 +262,43 @@ class Slots:
 
     async def run(self) -> None:
         """Beat until cancelled, and look for rows in between. A database out of reach is reported and waited for."""
-        beats_at = 0.0
         while True:
             self._nudge.clear()
+            now = time.monotonic()
+            beats, looks = now >= self._beats_at, now >= self._looks_at
             try:
-                if (now := time.monotonic()) >= beats_at:
-                    beats_at = now + self._heartbeat_seconds
+                if beats:  # which looks, too
+                    self._beats_at = now + self._heartbeat_seconds
                     await self.beat()
                     self._telemetry.database_available(self)
-                elif not self._listens:
+                elif looks:
                     await self._listen_if_idle()
                     await self.look()
             except SourceUnavailableError as error:
                 self._telemetry.database_unavailable(error, self)
                 # Who loses the database with us gets as long as we do to come back.
                 self._unlocked_since.clear()
-            try:
-                async with asyncio.timeout(max(0.0, min(beats_at - time.monotonic(), self.watch.look_seconds))):
+            if beats or looks:
+                # Also where it failed, or it would be made again at once.
+                self.watch.looked()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, min(self._beats_at, self._looks_at) - time.monotonic())):
                     await self._nudge.wait()
-                beats_at = 0.0
-            except TimeoutError:
-                continue
+
+    @property
+    def _looks_at(self) -> float:
+        return math.inf if self._listens else self.watch.look_at
+
+    def _beat_at_once(self) -> None:
+        self._beats_at = 0.0
+        self._nudge.set()
+
+    def _look_sooner(self) -> None:
+        self._nudge.set()
 
     async def _listen_if_idle(self) -> None:
         relay_id = await self._announced()
-        if self._is_woken and len(self.watch.lanes) == len(self._ready):
+        if self._is_woken and self.watch.is_calm and len(self.watch.lanes) == len(self._ready):
             await self._session.fetch(LISTEN, relay_id)
             self._listens = True
 
@@ -318,7 +333,7 @@ class Slots:
         (row,) = await self._session.fetch(self._heartbeat, *beat)
         if not row["registered"]:
             self._relay_id = None
-            self._nudge.set()
+            self._beat_at_once()
             return
         self._valid_until = asked_at + self._lease_seconds
         paused_topics = frozenset(row["paused_topics"])

@@ -1,10 +1,17 @@
-"""Idle lanes don't ask for rows each by itself: one look is made for all of them, and wakes those it finds some for."""
+"""Idle lanes don't ask for rows each by itself: one look is made for all of them, and wakes those it finds some for.
+
+A look is one statement that locks and writes nothing, while a claim is a transaction with a COMMIT to wait for.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+import math
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
+from outbox_relay.relay import Poll
 from outbox_relay.source.statements import OutboxTable, quoted
 
 #: Plans as for a claim: statistics of a mostly empty outbox are stale when a burst comes.
@@ -31,32 +38,58 @@ WHERE t.tgrelid = {outbox_text}::regclass AND t.tgname = 'outbox_wake' AND t.tge
 """
 
 
-class Watch:
-    """Who waits for rows. A lane that does is woken by :meth:`wake`."""
+@dataclass(slots=True)
+class _Waiting:
+    pause_seconds: float  #: until it is looked for
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def __init__(self, look_seconds: float) -> None:
-        self.look_seconds = look_seconds  #: between two looks
+
+class Watch:
+    """Who waits for rows, and when to look for some. A lane that waits is woken by :meth:`wake`.
+
+    ``sooner`` is called when a look is due sooner than :attr:`look_at` has said.
+    """
+
+    def __init__(self, poll: Poll, sooner: Callable[[], None]) -> None:
+        self._poll = poll
+        self._sooner = sooner
+        self._waiting: dict[int, _Waiting] = {}
+        self.look_at = math.inf  #: by the monotonic clock
         self.words = 0  #: from writers, since it was set to 0
-        self._waiting: dict[int, asyncio.Event] = {}
 
     @property
     def lanes(self) -> Collection[int]:
         """Those that wait."""
         return self._waiting.keys()
 
-    async def wait(self, lane: int) -> None:
-        """Until there may be something to claim."""
-        woken = self._waiting[lane] = asyncio.Event()
+    @property
+    def is_calm(self) -> bool:
+        """Whether looks are as seldom as they ever are."""
+        return all(waiting.pause_seconds >= self._poll.ceiling_seconds for waiting in self._waiting.values())
+
+    async def wait(self, lane: int, seconds: float) -> None:
+        """Until there may be something to claim; the first look is made after so long."""
+        waiting = self._waiting[lane] = _Waiting(seconds)
+        if (look_at := time.monotonic() + seconds) < self.look_at:
+            self.look_at = look_at
+            self._sooner()
         try:
-            await woken.wait()
+            await waiting.woken.wait()
         finally:
             del self._waiting[lane]
 
+    def looked(self) -> None:
+        """A look was made for all that wait: the next comes later."""
+        for waiting in self._waiting.values():
+            waiting.pause_seconds = self._poll.next_seconds(waiting.pause_seconds)
+        pauses = [waiting.pause_seconds for waiting in self._waiting.values() if not waiting.woken.is_set()]
+        self.look_at = time.monotonic() + min(pauses) if pauses else math.inf
+
     def wake(self, lanes: Collection[int] | None = None) -> None:
         """These, or all; those that don't wait aren't concerned."""
-        for lane, woken in self._waiting.items():
+        for lane, waiting in self._waiting.items():
             if lanes is None or lane in lanes:
-                woken.set()
+                waiting.woken.set()
 
     def word(self) -> None:
         """A writer says that it has written something."""

@@ -72,6 +72,26 @@ async def test_an_idle_relay_makes_two_statements_a_second_and_sees_what_comes(
     assert report.records == 8
 
 
+async def test_while_nothing_comes_a_relay_looks_and_claims_nothing(
+    outbox_database: Database, kafka: Kafka, proxy: TcpProxy
+) -> None:
+    """A claim is a transaction with a COMMIT to wait for; a look is one statement for all lanes."""
+    topic = await new_topic(kafka)
+    connection = await outbox_database.connect()
+    with relay_process(
+        through(proxy, outbox_database), kafka.bootstrap_servers, heartbeat_seconds=1.0, claims_in_flight=4
+    ) as relay:
+        await relay.event("slots.taken")
+        await outbox_add(connection, topic, "k")
+        await drained(connection)
+        await quiet(proxy)
+        claims = relay.events("claim.made")
+        assert await relay.stop() == 0
+    # One when it has slots, one to mark what was published.
+    assert sum(bool(claim["ids"]) for claim in claims) == 1
+    assert len(claims) <= 3 * 4
+
+
 async def outbox_add(connection: asyncpg.Connection, topic: str, key: str) -> None:
     async with connection.transaction():
         await outbox.add_async(connection, Message(topic, {}, key=key))

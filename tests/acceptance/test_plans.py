@@ -27,6 +27,7 @@ from sqlalchemy import make_url
 from outbox_relay import schema, status
 from outbox_relay.failures import Policies
 from outbox_relay.message import Delivered, Released, Retry, Scope
+from outbox_relay.relay import Poll
 from outbox_relay.retry import Backoff
 from outbox_relay.servers import Postgres
 from outbox_relay.source import pruning
@@ -168,7 +169,7 @@ async def source_on(
         lanes=lanes,
         lease_seconds=600.0,
         heartbeat_seconds=1.0,
-        look_seconds=0.5,
+        poll=Poll(0.5, 0.5),
         layout_buckets=BUCKETS,
         layout_slots=SLOTS,
     )

@@ -8,6 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from outbox_relay.errors import SourceUnavailableError
+from outbox_relay.relay import Poll
 from outbox_relay.source import session
 from outbox_relay.source.session import Session
 from outbox_relay.source.slots import TAKE, Slots
@@ -41,7 +42,7 @@ async def test_slots_whose_taking_was_not_answered_are_owned_and_said_to_be(outb
             lanes=1,
             lease_seconds=60.0,
             heartbeat_seconds=0.05,
-            look_seconds=0.05,
+            poll=Poll(0.05, 0.05),
             layout_buckets=BUCKETS,
             layout_slots=SLOTS,
         )

@@ -13,7 +13,7 @@ from sqlalchemy import make_url
 from outbox_relay import schema
 from outbox_relay.failures import Policies
 from outbox_relay.message import Record
-from outbox_relay.relay import Source
+from outbox_relay.relay import Poll, Source
 from outbox_relay.retry import Backoff
 from outbox_relay.source import session
 from outbox_relay.source.polling import CLAIM_BYTES, PollingSource
@@ -144,7 +144,7 @@ class PostgresWorld:
             lanes=1,
             lease_seconds=60.0,
             heartbeat_seconds=0.05,
-            look_seconds=0.05,
+            poll=Poll(0.05, 0.05),
             layout_buckets=64,
             layout_slots=16,
         )
