@@ -278,6 +278,8 @@ class Slots:
                 self._telemetry.database_unavailable(error, self)
                 # Who loses the database with us gets as long as we do to come back.
                 self._unlocked_since.clear()
+                # Lanes that wait find out now whether they lost it too, rather than when there is something to send.
+                self.watch.wake()
             if beats or looks:
                 # Also where it failed, or it would be made again at once.
                 self.watch.looked()
