@@ -23,6 +23,10 @@ class NotInTransactionError(OutboxRelayError):
     """A message was added outside a transaction, so it could not share its fate with the domain rows."""
 
 
+class MissingMessageIdError(OutboxRelayError):
+    """A consumed message has no id, or none that can be used, so it can't be told from its repeats."""
+
+
 class SchemaError(OutboxRelayError):
     """The outbox schema is missing, or of a version that this release can't work with."""
 

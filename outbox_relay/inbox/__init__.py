@@ -1,0 +1,14 @@
+"""The consumer side: a message that comes twice changes nothing the second time.
+
+:mod:`~outbox_relay.inbox.postgres` where the effects are in PostgreSQL: exactly one each.
+:mod:`~outbox_relay.inbox.redis` where they are somewhere else: a stated bound.
+:mod:`~outbox_relay.inbox.guard` so that late messages don't move a state backwards.
+
+For the relay's topics, and for any other topic of Kafka whose messages have an id.
+"""
+
+from __future__ import annotations
+
+from outbox_relay.inbox.ids import ConsumedMessage, message_id
+
+__all__ = ["ConsumedMessage", "message_id"]
