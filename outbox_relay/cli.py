@@ -24,6 +24,7 @@ from outbox_relay.cli_failures import failing_clearly
 from outbox_relay.cli_operators import outbox_of, outbox_options
 from outbox_relay.cli_outbox import explain_row, pause_topic, replay_rows, resume_topic
 from outbox_relay.errors import OutboxRelayError, SourceUnavailableError
+from outbox_relay.inbox import schema as inbox_schema
 from outbox_relay.source.session import Database, what_it_says
 from outbox_relay.source.statements import OUTBOX
 
@@ -148,22 +149,23 @@ def schema_group() -> None:
     "--roles", "with_roles", is_flag=True, help="Instead, the roles that relays, applications and people need."
 )
 @click.option("--wake-up", "with_wake_up", is_flag=True, help="Instead, the trigger by which writers wake idle relays.")
+@click.option("--inbox", "of_inbox", is_flag=True, help="Instead, the tables of consumers that handle a message once.")
 @click.option(
     "--config",
     "path",
     type=click.Path(path_type=Path),
     help="With --roles or --wake-up: for the table that [table] names.",
 )
-def schema_print(with_roles: bool, with_wake_up: bool, path: Path | None) -> None:
+def schema_print(with_roles: bool, with_wake_up: bool, of_inbox: bool, path: Path | None) -> None:
     """Print the SQL."""
-    if with_roles and with_wake_up:
-        raise click.UsageError("--roles or --wake-up, one at a time")
+    if with_roles + with_wake_up + of_inbox > 1:
+        raise click.UsageError("--roles, --wake-up or --inbox, one at a time")
     if not with_roles and not with_wake_up:
         if path is not None:
             raise click.UsageError(
                 "--config goes with --roles or --wake-up; for a table of your own see `outbox-relay schema adopt`"
             )
-        click.echo(schema.read_sql(), nl=False)
+        click.echo(inbox_schema.read_sql() if of_inbox else schema.read_sql(), nl=False)
         return
     table, named = OUTBOX, ""
     if path is not None:
@@ -177,10 +179,23 @@ def schema_print(with_roles: bool, with_wake_up: bool, path: Path | None) -> Non
 @outbox_options
 @click.option("--roles", "with_roles", is_flag=True, help="Also the roles that relays, applications and people need.")
 @click.option("--wake-up", "with_wake_up", is_flag=True, help="Also the trigger by which writers wake idle relays.")
-def schema_apply(path: Path | None, database_url: str | None, with_roles: bool, with_wake_up: bool) -> None:
+@click.option("--inbox", "of_inbox", is_flag=True, help="Instead, the tables of consumers that handle a message once.")
+def schema_apply(
+    path: Path | None, database_url: str | None, with_roles: bool, with_wake_up: bool, of_inbox: bool
+) -> None:
     """Create the tables, or upgrade them to this release; as their owner."""
+    # A consumer's database is often another than the outbox's.
+    if of_inbox and (with_roles or with_wake_up):
+        raise click.UsageError("--roles and --wake-up belong to the outbox: apply --inbox by itself")
     with failing_clearly():
         database, table = outbox_of(path, database_url)
+        if of_inbox:
+            created = asyncio.run(_run(database, inbox_schema.apply))
+            version = inbox_schema.INBOX_VERSION
+            click.echo(
+                f"created the inbox, version {version}" if created else f"the inbox is at version {version} already"
+            )
+            return
         click.echo(asyncio.run(_run(database, schema.apply)))
         if with_roles:
             asyncio.run(_run(database, lambda c: roles.apply(c, roles.roles_sql(table, database.schema))))

@@ -20,7 +20,11 @@ class InvalidMessageError(OutboxRelayError, ValueError):
 
 
 class NotInTransactionError(OutboxRelayError):
-    """A message was added outside a transaction, so it could not share its fate with the domain rows."""
+    """A message was added, or handled, outside a transaction, so it could not share its fate with the domain rows."""
+
+
+class InTransactionError(OutboxRelayError):
+    """What commits by itself was given a connection that is in somebody's transaction."""
 
 
 class MissingMessageIdError(OutboxRelayError):
