@@ -3,7 +3,8 @@
 --
 -- A consumer's role needs:
 --
---     GRANT SELECT, INSERT, DELETE ON inbox TO …;
+--     GRANT SELECT, INSERT ON inbox TO …;
+--     GRANT SELECT, UPDATE (handled_at), DELETE ON inbox TO …;   -- whoever prunes it
 --     GRANT SELECT, INSERT, UPDATE ON inbox_state TO …;
 
 -- The messages that were handled. A row is inserted in the transaction of the message's effects, so both are there or

@@ -16,6 +16,7 @@ from sqlalchemy import NullPool, create_engine, make_url
 
 from outbox_relay import roles, schema, tables, wake_up
 from outbox_relay.errors import SchemaError
+from outbox_relay.inbox import schema as inbox_schema
 from outbox_relay.message import RESERVED_HEADERS
 from tests.conftest import Database
 from tests.waiting import eventually
@@ -113,6 +114,7 @@ def test_the_wheel_carries_the_schema(tmp_path: Path) -> None:
         assert archive.read("outbox_relay/schema.sql").decode() == schema.read_sql()
         assert archive.read("outbox_relay/roles.sql").decode() == roles.read_sql()
         assert archive.read("outbox_relay/wake_up.sql").decode() == wake_up.read_sql()
+        assert archive.read("outbox_relay/inbox.sql").decode() == inbox_schema.read_sql()
     assert schema.read_sql() == (REPOSITORY / "schema.sql").read_text("utf-8")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from outbox_relay import __version__, schema
+from outbox_relay.inbox import schema as inbox_schema
 
 SECRET = "s3cret-w0rd"
 
@@ -34,6 +35,25 @@ def test_the_version() -> None:
 def test_schema_print_prints_the_sql_and_nothing_else() -> None:
     done = outbox_relay("schema", "print")
     assert (done.returncode, done.stdout, done.stderr) == (0, schema.read_sql(), "")
+
+
+def test_schema_print_prints_the_inbox_instead() -> None:
+    done = outbox_relay("schema", "print", "--inbox")
+    assert (done.returncode, done.stdout, done.stderr) == (0, inbox_schema.read_sql(), "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["print", "--inbox", "--roles"], "--roles, --wake-up or --inbox, one at a time"),
+        (["print", "--inbox", "--config", "config.toml"], "--config goes with --roles or --wake-up"),
+        (["apply", "--inbox", "--wake-up"], "--roles and --wake-up belong to the outbox"),
+    ],
+)
+def test_the_inbox_goes_with_nothing_else(arguments: list[str], why: str) -> None:
+    done = outbox_relay("schema", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert why in done.stderr
 
 
 def test_each_mistake_in_the_configuration_is_a_line_on_stderr(tmp_path: Path) -> None:
