@@ -31,6 +31,10 @@ class MissingMessageIdError(OutboxRelayError):
     """A consumed message has no id, or none that can be used, so it can't be told from its repeats."""
 
 
+class UnguardedMessageError(OutboxRelayError):
+    """A consumed message lacks what the state guard goes by, so it can't be told whether it comes late."""
+
+
 class SchemaError(OutboxRelayError):
     """The outbox schema is missing, or of a version that this release can't work with."""
 
