@@ -62,8 +62,8 @@ format: setup ## Format the code and mend what ruff can
 lock: ## Choose the newest versions that pyproject.toml allows and write requirements.lock
 	@$(PYTHON) -m venv .cache/lock
 	@.cache/lock/bin/python -m pip install --quiet --disable-pip-version-check uv
-	@.cache/lock/bin/uv pip compile --quiet --upgrade pyproject.toml --extra demo --extra compression --group dev \
-		--universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -o requirements.lock
+	@.cache/lock/bin/uv pip compile --quiet --upgrade pyproject.toml --extra demo --extra compression --extra redis \
+		--group dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -o requirements.lock
 
 clean: ## Remove what was built here; downloads stay in the cache
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist build reports

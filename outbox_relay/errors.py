@@ -35,6 +35,10 @@ class UnguardedMessageError(OutboxRelayError):
     """A consumed message lacks what the state guard goes by, so it can't be told whether it comes late."""
 
 
+class ClaimLostError(OutboxRelayError):
+    """A consumer handled a message for longer than it held it, so that another may have handled it too."""
+
+
 class SchemaError(OutboxRelayError):
     """The outbox schema is missing, or of a version that this release can't work with."""
 

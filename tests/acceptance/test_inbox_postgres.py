@@ -248,6 +248,38 @@ async def test_a_repeat_is_handled_once_the_first_has_lost_its_connection(inbox_
             assert await repeat
 
 
+#: A COMMIT takes as long as somebody holds the lock.
+SLOW_COMMIT = """
+    CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql
+    AS 'BEGIN PERFORM pg_advisory_xact_lock_shared(7); RETURN NULL; END';
+    CREATE CONSTRAINT TRIGGER hold AFTER INSERT ON charge
+    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION hold();
+"""
+
+
+async def test_a_repeat_is_skipped_where_the_first_never_heard_that_it_was_committed(inbox_database: Database) -> None:
+    first, second, watcher = [await inbox_database.connect() for _ in range(3)]
+    await watcher.execute(SLOW_COMMIT)
+    await watcher.execute("SELECT pg_advisory_lock(7)")
+    handling = first.transaction()
+    await handling.start()
+    assert await INBOX.accept(first, record("m1"))
+    await first.execute("INSERT INTO charge VALUES ('m1')")
+    pid = first.get_server_pid()
+    committing = asyncio.create_task(handling.commit())
+    await waits_for_another(watcher, pid)
+    first.terminate()
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+        await committing
+    async with second.transaction():
+        repeat = asyncio.create_task(INBOX.accept(second, record("m1")))
+        await waits_for_another(watcher, second.get_server_pid())
+        await watcher.execute("SELECT pg_advisory_unlock(7)")
+        async with asyncio.timeout(30):
+            assert not await repeat
+    assert await charges_of(inbox_database) == {"m1": 1}
+
+
 async def test_other_messages_wait_for_nobody(inbox_database: Database) -> None:
     async with open_asyncpg(inbox_database.url) as first, open_asyncpg(inbox_database.url) as second:
         assert await handle(first, "m1")

@@ -1,0 +1,117 @@
+"""docs/inbox.md: its examples do what it says they do."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from redis.asyncio import Redis
+
+from outbox_relay.inbox import schema
+from outbox_relay.servers import Kafka
+from tests.conftest import Database
+from tests.consumed import record
+from tests.redis_server import RedisServer
+from tests.waiting import eventually
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "inbox.md").read_text()
+
+
+def examples(*names: str) -> dict[str, Any]:
+    """What the code blocks that follow these remarks, ``<!-- tested: name -->``, define."""
+    defined: dict[str, Any] = {}
+    for name in names:
+        match = re.search(rf"<!-- tested: {name} -->\n```python\n(.*?)\n```\n", GUIDE, re.DOTALL)
+        assert match is not None, f"docs/inbox.md has no example {name!r}"
+        exec(match[1], defined)
+    return defined
+
+
+@pytest.fixture
+async def connection(database: Database) -> asyncpg.Connection:
+    connection = await database.connect()
+    await schema.apply(connection)
+    await connection.execute("CREATE TABLE charge (order_id text)")
+    return connection
+
+
+def test_every_example_is_tested_here() -> None:
+    assert set(re.findall(r"<!-- tested: (\w+) -->", GUIDE)) == {"consumer", "batch", "prune", "redis", "guard"}
+    assert GUIDE.count("```python") == 5
+
+
+def test_what_it_links_to_exists() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    links = re.findall(r"\]\(([^)#:]+)\)", GUIDE)
+    assert links
+    assert [link for link in links if not (docs / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["consume", "consume_in_batches"])
+async def test_each_order_is_charged_once(
+    database: Database, connection: asyncpg.Connection, kafka: Kafka, name: str
+) -> None:
+    topic = f"orders-{uuid4().hex}"
+    await kafka.create_topic(topic)
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all") as producer:
+        for id_ in ("1", "2", "1", "3", "2", "3", "4"):
+            await producer.send_and_wait(topic, b"{}", key=id_.encode(), headers=[("id", b"m" + id_.encode())])
+    defined = examples("consumer", "batch", "prune")
+    async with (
+        asyncpg.create_pool(database.url, min_size=1, max_size=1) as pool,
+        AIOKafkaConsumer(
+            topic,
+            bootstrap_servers=kafka.bootstrap_servers,
+            group_id=topic,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+        ) as consumer,
+    ):
+        consuming = asyncio.create_task(defined[name](consumer, pool))
+        everything = "SELECT EXISTS (SELECT FROM charge WHERE order_id = '4')"
+        await eventually(lambda: connection.fetchval(everything), "the last is charged")
+        consuming.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await consuming
+    rows = await connection.fetch("SELECT order_id FROM charge ORDER BY order_id")
+    assert [row["order_id"] for row in rows] == ["1", "2", "3", "4"]
+    await connection.execute("UPDATE inbox SET handled_at = now() - interval '31 days' WHERE message_id = 'm1'")
+    await defined["prune"](connection)
+    assert await connection.fetchval("SELECT count(*) FROM inbox") == 3
+
+
+async def test_each_mail_is_sent_once() -> None:
+    defined = examples("redis")
+    sent = []
+
+    async def send_mail(message: Any) -> None:
+        sent.append(message.offset)
+        if len(sent) == 1:
+            raise OSError
+
+    defined["send_mail"] = send_mail
+    with RedisServer.start() as server:
+        async with Redis.from_url(server.url) as redis:
+            with pytest.raises(OSError):
+                await defined["notify"](redis, record("m1"))
+            assert [await defined["notify"](redis, record("m1")) for _ in range(3)] == [True] * 3
+            await redis.hdel("inbox:mails:m1", "done")
+            assert await defined["notify"](redis, record("m1")) is False
+    assert len(sent) == 2
+
+
+async def test_a_gap_is_raised_and_rolled_back(connection: asyncpg.Connection) -> None:
+    defined = examples("guard")
+    async with connection.transaction():
+        await defined["handle"](connection, record(), 1)
+    with pytest.raises(LookupError):
+        async with connection.transaction():
+            await defined["handle"](connection, record(), 3)
+    assert await connection.fetchval("SELECT version FROM inbox_state") == 1
+    assert defined["order"].before("paid") == ["placed"]
