@@ -35,6 +35,7 @@ Needs the extra ``redis``, and Redis 5 or later, or Valkey. Each statement conce
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from secrets import token_hex
 from typing import TypeAlias
 from urllib.parse import quote
 
@@ -45,8 +46,11 @@ from outbox_relay.errors import ClaimLostError
 from outbox_relay.inbox.ids import ConsumedMessage, MessageId, id_of
 from outbox_relay.inbox.names import checked_name
 
-# A message is a hash with these fields: token, of the last claim; until, when its lease runs out, in milliseconds by
-# the clock of Redis; done. The lease isn't the key's own expiry, since the token must outlive it to grow.
+# A message is a hash with these fields: token, of the last claim, and asked, which call that was; until, when its lease
+# runs out, in milliseconds by the clock of Redis; done. The lease isn't the key's own expiry, since the token must
+# outlive it to grow.
+
+# A client asks again where an answer was lost. So each statement, when it comes twice, does what it did, and says so.
 
 _CLAIM = """\
 -- claim
@@ -57,15 +61,17 @@ if redis.call('HEXISTS', KEYS[1], 'done') == 1 then
 end
 local left = tonumber(redis.call('HGET', KEYS[1], 'until') or 0) - now
 if left > 0 then
+    if redis.call('HGET', KEYS[1], 'asked') == ARGV[3] then
+        return {2, tonumber(redis.call('HGET', KEYS[1], 'token'))}
+    end
     return {1, left}
 end
 local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
-redis.call('HSET', KEYS[1], 'until', now + ARGV[1])
+redis.call('HSET', KEYS[1], 'until', now + ARGV[1], 'asked', ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return {2, token}
 """
 
-# Twice does no harm, so it can be tried again where the answer was lost.
 _DONE = """\
 -- done
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then
@@ -117,7 +123,7 @@ class RedisInbox:
 
     ``lease_seconds``: longer than a handler ever takes. A message whose holder died waits for so long.
     ``keep_seconds``: longer than a repeat may be late, as for ``Inbox.prune``; so long after it was done a message is
-    kept, and takes memory, some 150 bytes and its id. ``prefix`` begins each key.
+    kept, and takes memory, some 200 bytes and its id. ``prefix`` begins each key.
 
     Raises ValueError for a time that isn't positive, a lease above ``keep_seconds``, or a name that can't be one.
     """
@@ -148,12 +154,12 @@ class RedisInbox:
     async def claim(self, message: ConsumedMessage) -> Claim:
         """Claim the message, unless it is done, or another holds it.
 
-        Raises MissingMessageIdError, and the errors of the client: then it may be claimed, and nobody knows, until the
-        lease runs out.
+        Raises MissingMessageIdError, and the errors of the client, which asks again before it gives up: then it may be
+        claimed, and nobody knows, until the lease runs out.
         """
         id_ = id_of(message, self._message_id)
         key = self._prefix + id_
-        state, number = await self._claim(keys=[key], args=[self._lease_ms, self._keep_ms])
+        state, number = await self._claim(keys=[key], args=[self._lease_ms, self._keep_ms, token_hex(8)])
         if state == 0:
             return Done()
         return Busy(number / 1000) if state == 1 else Claimed(number, id_, key)

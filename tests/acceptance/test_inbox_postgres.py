@@ -308,6 +308,24 @@ async def test_a_repeat_under_a_stricter_isolation_fails_and_is_skipped_when_it_
         assert not await INBOX.accept(second, record("m1"))
 
 
+async def test_an_inbox_that_is_partitioned_by_arrival_is_refused(inbox_database: Database) -> None:
+    """Each of its partitions has unique ids of its own, so a repeat across a boundary would be new."""
+    connection = await inbox_database.connect()
+    await connection.execute(
+        """
+        ALTER TABLE inbox RENAME TO ours;
+        CREATE TABLE inbox (
+            consumer text, message_id text, handled_at timestamptz DEFAULT now(),
+            PRIMARY KEY (consumer, message_id, handled_at)
+        ) PARTITION BY RANGE (handled_at);
+        CREATE TABLE inbox_of_all_days PARTITION OF inbox DEFAULT;
+        """
+    )
+    async with connection.transaction():
+        with pytest.raises(asyncpg.InvalidColumnReferenceError, match="no unique or exclusion constraint matching"):
+            await INBOX.accept(connection, record("m1"))
+
+
 # -- batches
 
 

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 import pytest
@@ -179,6 +179,27 @@ async def test_a_server_that_has_forgotten_the_scripts_is_told_them_again(client
     await client.script_flush()
     await inbox.done(claim)
     assert await inbox.claim(record("m1")) == Done()
+
+
+class RedisThatAsksTwice(Redis):
+    """As a client does whose first answer was lost on the way."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        await super().execute_command(*args, **options)
+        return await super().execute_command(*args, **options)
+
+
+async def test_a_question_that_is_asked_again_has_the_same_answer(url: str, consumer: str) -> None:
+    async with RedisThatAsksTwice.from_url(url) as client:
+        inbox = inbox_of(client, consumer)
+        first = await claimed(inbox)
+        assert first.token == 1
+        assert isinstance(await inbox.claim(record("m1")), Busy)
+        assert await inbox.release(first)
+        second = await claimed(inbox)
+        assert second.token == 2
+        await inbox.done(second)
+        assert await inbox.claim(record("m1")) == Done()
 
 
 async def test_a_server_that_is_gone_is_an_error_and_no_claim() -> None:
