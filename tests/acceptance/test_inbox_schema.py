@@ -86,9 +86,10 @@ async def test_an_inbox_of_another_release_is_left_alone(database: Database) -> 
 async def test_who_may_make_no_tables_is_told_so(database: Database) -> None:
     connection = await database.connect()
     role = f"nobody_{uuid4().hex}"
-    await connection.execute(f"CREATE ROLE {role}; GRANT USAGE ON SCHEMA public TO {role}")
+    # Not in the schema public, where before PostgreSQL 15 everybody may.
+    await connection.execute(f"CREATE ROLE {role}; CREATE SCHEMA theirs; GRANT USAGE ON SCHEMA theirs TO {role}")
     try:
-        await connection.execute(f"SET ROLE {role}")
+        await connection.execute(f"SET search_path = theirs; SET ROLE {role}")
         with pytest.raises(SchemaError, match="log in as a role that may make tables"):
             await schema.apply(connection)
     finally:
