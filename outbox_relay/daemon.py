@@ -51,6 +51,8 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 #: More objects than are in flight with the settings that the relay ships with.
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000
+#: What makes a cycle may be large, such as a failed claim with its rows.
+_SECONDS_BETWEEN_COLLECTIONS = 30.0
 
 
 async def run(config: Config, *, once: bool = False) -> int:
@@ -71,12 +73,18 @@ async def run(config: Config, *, once: bool = False) -> int:
 def _collect_garbage_seldom() -> None:
     """Rows come and go without ever making a cycle, and looking through them for one was 40 % of a busy relay's CPU.
 
-    What is there by now stays as long as the process, so it isn't looked at again. What makes cycles now and then, such
-    as an exception, is collected in the end.
+    What is there by now stays as long as the process, so it isn't looked at again.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
+
+
+async def _collect_garbage_now_and_then() -> None:
+    """Of what makes cycles, such as an exception with its traceback, or a producer that was abandoned."""
+    while True:
+        await asyncio.sleep(_SECONDS_BETWEEN_COLLECTIONS)
+        gc.collect()
 
 
 async def dry_run(config: Config) -> list[str]:
@@ -196,7 +204,8 @@ async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once:
     heartbeat: asyncio.Future[Any] = asyncio.ensure_future(slots.run())
     running: asyncio.Future[Any] = asyncio.ensure_future(_run_lanes(relays, sources))
     pruner = _pruner(config, database, slots, telemetry)
-    besides = [heartbeat, *([asyncio.ensure_future(pruner.run())] if pruner is not None else [])]
+    collecting = asyncio.ensure_future(_collect_garbage_now_and_then())
+    besides = [heartbeat, collecting, *([asyncio.ensure_future(pruner.run())] if pruner is not None else [])]
     try:
         forced = False
         # What runs besides and ends has met a defect: nothing may go on without it.

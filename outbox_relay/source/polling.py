@@ -334,7 +334,7 @@ class PollingSource:
         for row in rows:
             # By position, since by name it is twice as dear; see _LOCKED.
             id_, bucket, topic, key, _, event_id, type_, payload, headers, created_at = row
-            if (cut or event_id is None) and _line(id_, topic, key) in cut:
+            if cut and _line(id_, topic, key) in cut:
                 continue
             if event_id is None:
                 line = _line(id_, topic, key)

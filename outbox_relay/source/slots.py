@@ -189,7 +189,9 @@ class Slots:
         self._wake_up = wake_up
         self._is_woken = False  # by a NOTIFY, on the session of now
         self._listens = False  # and has said so: it looks no more between heartbeats
-        self.watch = Watch(poll, self._look_sooner)  #: where idle lanes wait
+        self._nudge = asyncio.Event()  # to beat at once, or to look sooner
+        self._beats_at = 0.0
+        self.watch = Watch(poll, self._nudge.set)  #: where idle lanes wait
         self._relay_id: int | None = None
         self._former_id: int | None = None  # announced last; its row may be lost since
         self._direct = False
@@ -201,8 +203,6 @@ class Slots:
         self._ready = [False] * lanes
         self.paused_topics: frozenset[str] = frozenset()  #: whose rows wait until an operator resumes them
         self._valid_until = 0.0
-        self._nudge = asyncio.Event()  # to beat at once, or to look sooner
-        self._beats_at = 0.0
         self._first_beat = asyncio.Event()
 
     # -- what lanes ask
@@ -289,13 +289,11 @@ class Slots:
 
     @property
     def _looks_at(self) -> float:
-        return math.inf if self._listens else self.watch.look_at
+        # What was written while a lane made its last claim had nobody to wake, so it is looked for until all is calm.
+        return math.inf if self._listens and self.watch.is_calm else self.watch.look_at
 
     def _beat_at_once(self) -> None:
         self._beats_at = 0.0
-        self._nudge.set()
-
-    def _look_sooner(self) -> None:
         self._nudge.set()
 
     async def _listen_if_idle(self) -> None:
@@ -312,7 +310,8 @@ class Slots:
             self._wake(row["look"])
 
     def _awaited_buckets(self) -> list[int]:
-        slots = {slot for slot, owned in self._owned.items() if owned.lane in self.watch.lanes}
+        lanes = self.watch.looked_for
+        slots = {slot for slot, owned in self._owned.items() if owned.lane in lanes}
         return [bucket for bucket in range(self._layout_buckets) if bucket % self._layout_slots in slots]
 
     def _wake(self, buckets: Collection[int]) -> None:

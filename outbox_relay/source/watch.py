@@ -40,7 +40,9 @@ WHERE t.tgrelid = {outbox_text}::regclass AND t.tgname = 'outbox_wake' AND t.tge
 
 @dataclass(slots=True)
 class _Waiting:
-    pause_seconds: float  #: until it is looked for
+    pause_seconds: float  #: before the next look
+    look_at: float  #: when that is due, by the monotonic clock
+    not_before: float  #: the lane isn't looked for until then
     woken: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -54,7 +56,6 @@ class Watch:
         self._poll = poll
         self._sooner = sooner
         self._waiting: dict[int, _Waiting] = {}
-        self.look_at = math.inf  #: by the monotonic clock
         self.words = 0  #: from writers, since it was set to 0
 
     @property
@@ -63,15 +64,32 @@ class Watch:
         return self._waiting.keys()
 
     @property
+    def looked_for(self) -> Collection[int]:
+        """Those that wait and may be woken by a look."""
+        now = time.monotonic()
+        return {lane for lane, waiting in self._waiting.items() if waiting.not_before <= now}
+
+    @property
+    def look_at(self) -> float:
+        """When the next look is due, by the monotonic clock."""
+        return min((one.look_at for one in self._waiting.values() if not one.woken.is_set()), default=math.inf)
+
+    @property
     def is_calm(self) -> bool:
         """Whether looks are as seldom as they ever are."""
         return all(waiting.pause_seconds >= self._poll.ceiling_seconds for waiting in self._waiting.values())
 
     async def wait(self, lane: int, seconds: float) -> None:
-        """Until there may be something to claim; the first look is made after so long."""
-        waiting = self._waiting[lane] = _Waiting(seconds)
-        if (look_at := time.monotonic() + seconds) < self.look_at:
-            self.look_at = look_at
+        """Until there may be something to claim; the first look is made after so long.
+
+        More than the floor means that the last claim was in vain, and so was what woke the lane: a row that can't be
+        claimed is seen by every look. So none that is made for others wakes it before.
+        """
+        look_at = time.monotonic() + seconds
+        not_before = look_at if seconds > self._poll.floor_seconds else 0.0
+        is_sooner = look_at < self.look_at
+        waiting = self._waiting[lane] = _Waiting(seconds, look_at, not_before)
+        if is_sooner:
             self._sooner()
         try:
             await waiting.woken.wait()
@@ -79,11 +97,13 @@ class Watch:
             del self._waiting[lane]
 
     def looked(self) -> None:
-        """A look was made for all that wait: the next comes later."""
+        """A look was made, for whomever it was due: the next is a pause away, and for those a longer one."""
+        now = time.monotonic()
         for waiting in self._waiting.values():
-            waiting.pause_seconds = self._poll.next_seconds(waiting.pause_seconds)
-        pauses = [waiting.pause_seconds for waiting in self._waiting.values() if not waiting.woken.is_set()]
-        self.look_at = time.monotonic() + min(pauses) if pauses else math.inf
+            if waiting.not_before <= now:
+                if waiting.look_at <= now:
+                    waiting.pause_seconds = self._poll.next_seconds(waiting.pause_seconds)
+                waiting.look_at = now + waiting.pause_seconds
 
     def wake(self, lanes: Collection[int] | None = None) -> None:
         """These, or all; those that don't wait aren't concerned."""

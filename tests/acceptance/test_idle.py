@@ -167,6 +167,38 @@ async def test_writers_wake_a_relay_that_neither_looks_nor_beats_for_long(
         assert await relay.stop() == 0
 
 
+#: Each as soon as the one before is marked, which its relay may not have been told yet.
+ONE_AFTER_THE_OTHER = """
+CREATE PROCEDURE one_after_the_other(topic text, rows integer) LANGUAGE plpgsql AS $$
+BEGIN
+    FOR row IN 1 .. rows LOOP
+        INSERT INTO outbox (topic, key, payload) VALUES (topic, 'k', '');
+        COMMIT;
+        WHILE EXISTS (SELECT FROM outbox WHERE sent_at IS NULL) LOOP
+            PERFORM pg_sleep(0.0002);
+        END LOOP;
+    END LOOP;
+END $$
+"""
+
+
+async def test_what_is_written_while_a_lane_makes_its_last_claim_is_seen(
+    outbox_database: Database, kafka: Kafka
+) -> None:
+    """Its NOTIFY may come before the lane waits, and then wakes nobody; the next heartbeat is far away."""
+    topic = await new_topic(kafka)
+    connection = await outbox_database.connect()
+    await connection.execute(wake_up.read_sql())
+    with relay_process(
+        outbox_database.url, kafka.bootstrap_servers, heartbeat_seconds=600.0, lease_seconds=1800.0
+    ) as relay:
+        await eventually(partial(connection.fetchval, LISTENS), "it listens")
+        await connection.execute(ONE_AFTER_THE_OTHER)
+        await connection.execute(f"CALL one_after_the_other('{topic}', 150)", timeout=90)
+        await drained(connection, 30.0)
+        assert await relay.stop() == 0
+
+
 async def test_a_relay_that_is_woken_often_listens_no_more_until_it_is_idle(
     outbox_database: Database, kafka: Kafka
 ) -> None:
