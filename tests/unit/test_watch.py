@@ -61,17 +61,15 @@ async def test_the_first_look_is_for_whoever_wants_it_soonest() -> None:
 
 
 async def test_looks_grow_rare_until_the_ceiling() -> None:
-    watch = Watch(Poll(0.0, 200.0), Asked())
-    tasks = await waiting(watch, (0, 0.0))
-    # Due at once: the next is due a floor of nothing later, and so on, so a pause is given here.
-    watch._poll = Poll(100.0, 200.0)
+    watch = Watch(Poll(100.0, 200.0), Asked())
+    tasks = await waiting(watch, (0, 100.0))
     pauses: list[float] = []
     for _ in range(3):
         assert watch.is_calm == (bool(pauses) and pauses[-1] >= 200.0)
-        watch._waiting[0].look_at = 0.0
+        watch._waiting[0].look_at = 0.0  # it is due
         watch.looked()
         pauses.append(round(watch.look_at - time.monotonic(), -1))
-    assert pauses == [100.0, 150.0, 200.0]
+    assert pauses == [150.0, 200.0, 200.0]
     assert watch.is_calm
     await ended(tasks)
 
