@@ -37,6 +37,7 @@ _STOP_SECONDS = 20.0
 _END_SECONDS = 10.0
 _PARENT_CHECK_SECONDS = 0.5
 _EXIT_CHECK_SECONDS = 0.01
+_DELETE_ATTEMPTS = 3
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -121,12 +122,17 @@ class _Guard:
 
     def end(self) -> None:
         """Stop what runs, in good order if that is quick, and delete the data."""
-        if self._server is not None:
-            self._signal(self._end_signal)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._server.wait(_END_SECONDS)
-            self._kill()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        try:
+            if self._server is not None:
+                self._signal(self._end_signal)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._server.wait(_END_SECONDS)
+                self._kill()
+        finally:
+            for _ in range(_DELETE_ATTEMPTS):
+                shutil.rmtree(self._directory, ignore_errors=True)
+                if not self._directory.exists():
+                    break
 
     def _running(self) -> bool:
         return self._server is not None and self._server.poll() is None
@@ -145,9 +151,11 @@ class _Guard:
         # What lost its parent has become our child.
         while orphans := _children(os.getpid()):
             for pid in orphans:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             for pid in orphans:
-                os.waitpid(pid, 0)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
         return code
 
     def _requests(self) -> Iterator[dict[str, Any]]:
@@ -179,11 +187,13 @@ class _Guard:
 
 def _children(parent: int) -> list[int]:
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        # Processes end while they are looked at.
         with contextlib.suppress(OSError):
             # pid (name) state ppid ..., and a name may hold anything, parentheses too
-            if int(path.read_text(errors="replace").rpartition(")")[2].split()[1]) == parent:
-                found.append(int(path.parent.name))
+            stat = Path("/proc", pid, "stat").read_text(errors="replace")
+            if int(stat.rpartition(")")[2].split()[1]) == parent:
+                found.append(int(pid))
     return found
 
 
