@@ -21,6 +21,8 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
+from tests.waiting import eventually
+
 _SECONDS = 30.0
 
 
@@ -33,7 +35,13 @@ class Admin:
         return set(metadata.topics)
 
     async def delete(self, topic: str) -> None:
+        """Returns when the broker knows it no more: it is answered as soon as the controller has decided it."""
         await self._done(self._client.delete_topics([topic], operation_timeout=_SECONDS)[topic])
+
+        async def is_gone() -> bool:
+            return topic not in await self.topics()
+
+        await eventually(is_gone, f"that the broker knows {topic} no more")
 
     async def configure(self, topic: str, config: Mapping[str, str]) -> None:
         entries = [
