@@ -359,7 +359,7 @@ class RelayConfig(_Table):
 
     name: Text = Field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
     batch_rows: Annotated[int, Field(ge=1, le=100_000)] = 2_000
-    claims_in_flight: Annotated[int, Field(ge=1, le=16)] = 2
+    claims_in_flight: Annotated[int, Field(ge=1, le=16)] = 4
     max_in_flight_bytes: Annotated[int, Field(ge=65_536, le=100_000_000_000)] = 10_485_760
     poll_floor_seconds: Seconds = 0.001
     poll_ceiling_seconds: Annotated[Seconds, _at_least("poll_floor_seconds")] = 0.5

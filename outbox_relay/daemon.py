@@ -194,6 +194,7 @@ async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once:
         layout_slots=layout.slots,
         table=table_of(config),
         wake_up=config.relay.wake_up,
+        all_open=once,  # a lane without slots would end at once
     )
     sources = [_source(config, layout, database, slots, lane, telemetry) for lane in lanes]
     relays = [Relay(source, _publisher(config, telemetry), poll, telemetry, once=once) for source in sources]

@@ -21,7 +21,7 @@ from typing import Any
 
 from outbox_relay import schema
 from outbox_relay.source.session import Database, Session
-from outbox_relay.source.slots import UNLOCKED
+from outbox_relay.source.slot_statements import UNLOCKED
 from outbox_relay.source.snapshot import OLDEST_OF_BUCKETS, one, snapshot
 from outbox_relay.source.statements import OutboxTable, literal, quoted, topic_of
 from outbox_relay.text import columns, printable, span

@@ -127,6 +127,9 @@ class Telemetry:
     def slots_lost(self, slots: Collection[int], owned: int, reason: str) -> None:
         self._log.warning("slots.lost", slots=sorted(slots), owned=owned, reason=reason)
 
+    def lanes_open(self, lanes: int) -> None:
+        self._log.debug("lanes.open", lanes=lanes)
+
     # -- rows
 
     def claimed(self, records: Sequence[Record]) -> None:

@@ -266,6 +266,8 @@ class PollingSource:
         rows = await self._session.fetch(self._statements.claim[self._payload_type], *arguments)
         # Where rows are large few of them fit, and no more are looked at than may.
         is_full = bool(rows) and 2 * rows[-1]["bytes"] > self._claim_bytes
+        if is_full or 2 * len(rows) > self._most_rows:
+            self._slots.backlog()
         self._most_rows = min(self._batch_rows, 2 * len(rows)) if is_full else self._batch_rows
         return rows
 

@@ -25,120 +25,22 @@ from outbox_relay.errors import SourceUnavailableError
 from outbox_relay.relay import Poll
 from outbox_relay.source import watch
 from outbox_relay.source.session import Session
+from outbox_relay.source.slot_statements import FORGET, HEARTBEAT, LEAVE, LISTEN, LOCK, LOOK, REGISTER, TAKE
 from outbox_relay.source.statements import OUTBOX, OutboxTable, literal, quoted
 from outbox_relay.source.watch import Watch
 from outbox_relay.telemetry import Telemetry
 
-# The class of the advisory lock is the oid of this very table, so that a stranger's number doesn't meet it.
-_LOCK_CLASS = "'outbox_relay'::regclass::oid::bigint::bit(32)::integer"
-
 #: A living relay that lost its connection has its lock again after one heartbeat, or a little more.
 _MISSED_HEARTBEATS = 2
 
+#: Lanes that are open while there is no backlog. More would share the same rows, in more and smaller claims.
+_LANES_WITHOUT_BACKLOG = 2
+
+#: A backlog is over when no claim was full for so long.
+_BACKLOG_SECONDS = 10.0
+
 #: With more NOTIFYs than this between two heartbeats a relay doesn't ask for them until all its lanes are idle.
 _MOST_WORDS = 20
-
-# $3 is who this relay was before its row was lost: slots that nobody has taken since are still its own.
-REGISTER = """
--- register
-WITH me AS (
-    INSERT INTO outbox_relay (name, lease_seconds, ready, direct) VALUES ($1, $2, false, false) RETURNING relay_id
-), kept AS (
-    UPDATE outbox_slot SET owner = me.relay_id FROM me WHERE owner = $3
-)
-SELECT relay_id FROM me
-"""
-
-# Behind a pooler the process id that the connection was told isn't the backend's: no lock, for it would be
-# somebody else's soon.
-LOCK = f"""
--- lock
-SELECT CASE WHEN pg_backend_pid() = $2
-            THEN pg_try_advisory_lock({_LOCK_CLASS}, ($1::bigint & 2147483647)::integer)
-            ELSE false END AS direct
-"""
-
-#: That nobody has the advisory lock of relay ``r``.
-UNLOCKED = """NOT EXISTS (
-        SELECT FROM pg_locks l
-        WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
-          AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-          AND l.classid = 'outbox_relay'::regclass::oid
-          AND l.objid::bigint = r.relay_id & 2147483647
-    )"""
-
-# $1 is the asking relay, which is alive by asking. {missed} and {renewed_at} are those whose lock has been missed for
-# long enough, with when they were heard of last.
-_ALIVE = f"""peers AS MATERIALIZED (
-    SELECT r.relay_id, r.ready, r.renewed_at, r.direct AND {UNLOCKED} AS unlocked
-    FROM outbox_relay r
-    WHERE r.relay_id <> $1 AND r.renewed_at > now() - make_interval(secs => r.lease_seconds)
-), alive AS MATERIALIZED (
-    SELECT p.relay_id, p.ready FROM peers p
-    WHERE NOT p.unlocked OR (p.relay_id, p.renewed_at) NOT IN (
-        SELECT m.relay_id, m.renewed_at FROM unnest({{missed}}::bigint[], {{renewed_at}}::timestamptz[])
-            AS m (relay_id, renewed_at))
-)"""
-
-# $6 are the buckets that idle lanes wait for; what is found there is told in the same breath.
-_HEARTBEAT = f"""
--- heartbeat
-WITH renewed AS (
-    UPDATE outbox_relay SET renewed_at = now(), ready = $2, direct = $3, listens = $7 WHERE relay_id = $1
-    RETURNING relay_id
-), {_ALIVE.format(missed="$4", renewed_at="$5")}
-SELECT EXISTS (SELECT FROM renewed) AS registered,
-       ARRAY(SELECT a.relay_id FROM alive a WHERE a.ready) AS ready_peers,
-       ARRAY(SELECT p.relay_id FROM peers p WHERE p.unlocked ORDER BY p.relay_id) AS unlocked_peers,
-       ARRAY(SELECT p.renewed_at FROM peers p WHERE p.unlocked ORDER BY p.relay_id) AS unlocked_renewed_at,
-       ARRAY(SELECT s.slot FROM outbox_slot s WHERE s.owner = $1 ORDER BY s.slot) AS owned,
-       ARRAY(SELECT s.epoch FROM outbox_slot s WHERE s.owner = $1 ORDER BY s.slot) AS epochs,
-       ARRAY(SELECT s.slot FROM outbox_slot s
-             WHERE s.owner IS NULL
-                OR (s.owner <> $1 AND s.owner NOT IN (SELECT a.relay_id FROM alive a))) AS free,
-       (SELECT count(*) FROM outbox_slot) AS slots,
-       ARRAY(SELECT paused.topic FROM outbox_pause paused) AS paused_topics,{{look}} AS look
-"""
-
-_LOOK = """
--- look
-SELECT{look} AS look
-"""
-
-TAKE = f"""
--- take
-WITH {_ALIVE.format(missed="$4", renewed_at="$5")}
-UPDATE outbox_slot SET owner = $1, epoch = epoch + 1, taken_at = now()
-WHERE slot = ANY (ARRAY(
-    SELECT s.slot FROM outbox_slot s
-    WHERE s.slot = ANY ($2::smallint[])
-      AND (s.owner IS NULL OR (s.owner <> $1 AND s.owner NOT IN (SELECT a.relay_id FROM alive a)))
-    ORDER BY s.slot
-    LIMIT $3
-    FOR UPDATE SKIP LOCKED
-))
-RETURNING slot, epoch
-"""
-
-# In a statement of its own: who writes a row once this is seen wakes the relay, and what was written before is seen by
-# the look that follows.
-LISTEN = """
--- listen
-UPDATE outbox_relay SET listens = true WHERE relay_id = $1
-"""
-
-# Long dead relays are only history; a lease is what makes one dead.
-FORGET = """
--- forget
-DELETE FROM outbox_relay
-WHERE relay_id <> $1 AND renewed_at < now() - make_interval(secs => 60 * lease_seconds)
-"""
-
-LEAVE = """
--- leave
-WITH freed AS (UPDATE outbox_slot SET owner = NULL, epoch = epoch + 1 WHERE owner = $1)
-DELETE FROM outbox_relay WHERE relay_id = $1
-"""
 
 
 def fair_share(slots: int, ready_peers: Collection[int], me: int) -> int:
@@ -159,6 +61,9 @@ class Slots:
 
     The database is the truth: each heartbeat replaces what is known here. A lane asks :meth:`of_lane` before
     a claim and :meth:`held` before each send.
+
+    Not all lanes are open, which is to say have slots, unless there is a backlog or ``all_open``. A slot goes to
+    another lane as it does to another relay: let go of, and taken again with a new epoch.
     """
 
     def __init__(
@@ -175,6 +80,7 @@ class Slots:
         layout_slots: int,
         table: OutboxTable = OUTBOX,
         wake_up: bool = True,
+        all_open: bool = False,
     ) -> None:
         self._session = session
         self._telemetry = telemetry
@@ -183,8 +89,8 @@ class Slots:
         self._heartbeat_seconds = heartbeat_seconds
         self._layout_buckets = layout_buckets
         self._layout_slots = layout_slots
-        self._heartbeat = _HEARTBEAT.format(look=watch.look(table, "$6"))
-        self._look = _LOOK.format(look=watch.look(table, "$1"))
+        self._heartbeat = HEARTBEAT.format(look=watch.look(table, "$6"))
+        self._look = LOOK.format(look=watch.look(table, "$1"))
         self._find_wake_up = watch.FIND_WAKE_UP.format(outbox_text=literal(quoted(table.name)))
         self._wake_up = wake_up
         self._is_woken = False  # by a NOTIFY, on the session of now
@@ -198,6 +104,10 @@ class Slots:
         self._releases = 0
         self._owned: dict[int, _Owned] = {}
         self._surplus: set[int] = set()
+        self._all_open = all_open
+        self._open = lanes if all_open else min(lanes, _LANES_WITHOUT_BACKLOG)
+        self._backlog_until = 0.0
+        self._moving: set[int] = set()  # to other lanes: let go of, or to be; not yet taken again
         # Peers whose lock is missed, by id and when they were heard of last.
         self._unlocked_since: dict[tuple[int, datetime], float] = {}
         self._ready = [False] * lanes
@@ -220,8 +130,8 @@ class Slots:
 
     @property
     def surplus(self) -> Set[int]:
-        """Slots above the fair share: not claimed from, and let go once nothing there is unsettled."""
-        return self._surplus
+        """Slots for other relays or lanes: not claimed from, and let go once nothing there is unsettled."""
+        return self._surplus | (self._moving & self._owned.keys())
 
     def held(self, epochs: dict[int, int]) -> bool:
         """Whether these slots are still ours, as far as can be known without asking PostgreSQL."""
@@ -245,16 +155,25 @@ class Slots:
             self._ready[lane] = ready
             self._beat_at_once()
 
+    def backlog(self) -> None:
+        """A claim was full: all lanes are opened."""
+        self._backlog_until = time.monotonic() + _BACKLOG_SECONDS
+        if self._open < len(self._ready) and all(self._ready):
+            self._open_lanes(len(self._ready))
+
     def released(self, slots: Iterable[int]) -> None:
         self._releases += 1
         gone = {slot for slot in slots if self._owned.pop(slot, None) is not None}
         self._surplus -= gone
-        if gone:
-            self._telemetry.slots_released(gone, len(self._owned))
+        if gone & self._moving:
+            self._beat_at_once()  # to take them again
+        if gone - self._moving:
+            self._telemetry.slots_released(gone - self._moving, len(self._owned))
 
     def lost(self, slots: Iterable[int], reason: str) -> None:
         gone = {slot for slot in slots if self._owned.pop(slot, None) is not None}
         self._surplus -= gone
+        self._moving -= gone
         if gone:
             self._telemetry.slots_lost(gone, len(self._owned), reason)
 
@@ -324,6 +243,7 @@ class Slots:
         ready = all(self._ready)
         asked_at = time.monotonic()
         releases = self._releases
+        on_their_way = self._moving - self._owned.keys()
         missed_since = asked_at - _MISSED_HEARTBEATS * self._heartbeat_seconds
         missed = [peer for peer, since in self._unlocked_since.items() if since <= missed_since]
         gone = [relay_id for relay_id, _ in missed], [renewed_at for _, renewed_at in missed]
@@ -352,10 +272,15 @@ class Slots:
         self._surplus = set(sorted(self._owned)[share:])
         if self._surplus:
             self.watch.wake()  # to let go of them
+        if not self._all_open and asked_at > self._backlog_until and self._open > _LANES_WITHOUT_BACKLOG:
+            self._open_lanes(_LANES_WITHOUT_BACKLOG)
         wanted = share - len(self._owned)
         if wanted > 0 and row["free"]:
             taken = await self._session.fetch(TAKE, relay_id, row["free"], wanted, *gone)
             self._adopt(self._epochs() | {slot["slot"]: slot["epoch"] for slot in taken}, new=True)
+        if taken_by_others := on_their_way - self._owned.keys():
+            self._moving -= taken_by_others
+            self._telemetry.slots_released(taken_by_others, len(self._owned))
         self._first_beat.set()
 
     async def _announced(self) -> int:
@@ -400,11 +325,24 @@ class Slots:
             self._owned[slot] = _Owned(epochs[slot], self._emptiest_lane())
         if gained:
             self.watch.wake()
-            self._telemetry.slots_taken(gained, len(self._owned))
+        new_here = [slot for slot in gained if slot not in self._moving]
+        self._moving.difference_update(gained)
+        if new_here:
+            self._telemetry.slots_taken(new_here, len(self._owned))
 
     def _emptiest_lane(self) -> int:
         lanes = [owned.lane for owned in self._owned.values()]
-        return min(range(len(self._ready)), key=lambda lane: (not self._ready[lane], lanes.count(lane)))
+        return min(range(self._open), key=lambda lane: (not self._ready[lane], lanes.count(lane)))
+
+    def _open_lanes(self, count: int) -> None:
+        """Let the first so many lanes share the slots."""
+        self._open = count
+        most = math.ceil(len(self._owned) / count)
+        for lane in range(len(self._ready)):
+            theirs = sorted(self.of_lane(lane).keys() - self._surplus)
+            self._moving.update(theirs[most if lane < count else 0 :])
+        self.watch.wake()
+        self._telemetry.lanes_open(count)
 
     async def leave(self) -> None:
         """Give back every slot and the name. Bounded; without a database the lease runs out instead."""
