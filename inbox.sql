@@ -6,6 +6,7 @@
 --     GRANT SELECT, INSERT ON inbox TO …;
 --     GRANT SELECT, UPDATE (handled_at), DELETE ON inbox TO …;   -- whoever prunes it
 --     GRANT SELECT, INSERT, UPDATE ON inbox_state TO …;
+--     GRANT SELECT, INSERT, UPDATE ON inbox_offset TO …;
 
 -- The messages that were handled. A row is inserted in the transaction of the message's effects, so both are there or
 -- neither. Not partitioned: its unique key would have to contain the column that it is partitioned by.
@@ -36,6 +37,21 @@ CREATE TABLE inbox_state (
     version   bigint NOT NULL,
 
     CONSTRAINT inbox_state_pkey PRIMARY KEY (consumer, aggregate)
+);
+
+-- How far a consumer has come with a partition, where it keeps that here instead of ids: see outbox_relay.inbox.offsets.
+CREATE TABLE inbox_offset (
+    consumer    text    COLLATE "C" NOT NULL,
+    topic       text    COLLATE "C" NOT NULL,
+    partition   integer NOT NULL,
+    next_offset bigint  NOT NULL,
+    -- Drawn anew by whoever takes the partition; whoever had it before is refused.
+    owner       uuid    NOT NULL,
+
+    CONSTRAINT inbox_offset_pkey PRIMARY KEY (consumer, topic, partition)
+) WITH (
+    -- A row is rewritten with each batch, and its place is free again soon.
+    fillfactor = 50
 );
 
 -- By which a later release knows what it finds.

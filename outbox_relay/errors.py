@@ -39,6 +39,18 @@ class ClaimLostError(OutboxRelayError):
     """A consumer handled a message for longer than it held it, so that another may have handled it too."""
 
 
+class PartitionLostError(OutboxRelayError):
+    """A consumer handled a message of a partition that another has taken since, or that it never took."""
+
+
+class OffsetGoneError(OutboxRelayError):
+    """Kafka doesn't have the offset that a consumer is to go on from, so messages may be missing."""
+
+
+class PassedOverError(OutboxRelayError):
+    """A consumer goes on although the message before was rolled back, which would then never be handled."""
+
+
 class SchemaError(OutboxRelayError):
     """The outbox schema is missing, or of a version that this release can't work with."""
 

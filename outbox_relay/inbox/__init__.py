@@ -1,6 +1,7 @@
 """The consumer side: a message that comes twice changes nothing the second time.
 
 :mod:`~outbox_relay.inbox.postgres` where the effects are in PostgreSQL: exactly one each.
+:mod:`~outbox_relay.inbox.offsets` the same with an offset for each partition instead of an id for each message.
 :mod:`~outbox_relay.inbox.redis` where they are somewhere else: a stated bound.
 :mod:`~outbox_relay.inbox.guard` so that late messages don't move a state backwards.
 

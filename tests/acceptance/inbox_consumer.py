@@ -16,9 +16,11 @@ import asyncpg
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from outbox_relay.inbox import message_id
+from outbox_relay.inbox.offsets import Offsets, SeekOnAssignment
 from outbox_relay.inbox.postgres import Inbox
 
 INBOX = Inbox("payments")
+OFFSETS = Offsets("payments")
 
 Step: TypeAlias = Callable[[str], Awaitable[None]]
 Handler: TypeAlias = Callable[[asyncpg.Connection, list[Any], Callable[[], Awaitable[None]], Step], Awaitable[None]]
@@ -95,8 +97,41 @@ async def id_before_the_handler(
     await done("offset")
 
 
+async def offset_with_effects(
+    connection: asyncpg.Connection, messages: list[Any], _: Callable[[], Awaitable[None]], done: Step
+) -> None:
+    """Kafka's own offsets aren't used."""
+    (message,) = messages
+    async with connection.transaction():
+        if await OFFSETS.accept(connection, message):
+            await done("accepted")
+            await charge(connection, message)
+            await done("charged")
+    await done("committed")
+
+
+async def offset_after_effects(
+    connection: asyncpg.Connection, messages: list[Any], _: Callable[[], Awaitable[None]], done: Step
+) -> None:
+    """Broken: in a transaction of its own."""
+    (message,) = messages
+    await charge(connection, message)
+    await done("charged")
+    async with connection.transaction():
+        await OFFSETS.accept(connection, message)
+    await done("committed")
+
+
 HANDLERS: dict[str, Handler] = {
-    handler.__name__: handler for handler in (one_by_one, in_batches, offset_before_the_commit, id_before_the_handler)
+    handler.__name__: handler
+    for handler in (
+        one_by_one,
+        in_batches,
+        offset_before_the_commit,
+        id_before_the_handler,
+        offset_with_effects,
+        offset_after_effects,
+    )
 }
 STEPS = ("received", "begun", "accepted", "charged", "committed", "offset")
 
@@ -108,11 +143,18 @@ def say(line: str) -> None:
 
 async def main(url: str, servers: str, topic: str, group: str, handler: str, step: str = "", at: str = "-1") -> None:
     partition = TopicPartition(topic, 0)
+    is_seeking = handler in ("offset_with_effects", "offset_after_effects")
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=servers, group_id=group, enable_auto_commit=False, auto_offset_reset="earliest"
+        bootstrap_servers=servers,
+        group_id=group,
+        enable_auto_commit=False,
+        auto_offset_reset="none" if is_seeking else "earliest",
     )
     await consumer.start()
     consumer.assign([partition])
+    if is_seeking:
+        async with asyncpg.create_pool(url, min_size=1, max_size=1) as pool:
+            await SeekOnAssignment(OFFSETS, consumer, pool).on_partitions_assigned([partition])
     connection = await asyncpg.connect(url)
     end = (await consumer.end_offsets([partition]))[partition]
     while (begin := await consumer.position(partition)) < end:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -42,8 +43,10 @@ async def connection(database: Database) -> asyncpg.Connection:
 
 
 def test_every_example_is_tested_here() -> None:
-    assert set(re.findall(r"<!-- tested: (\w+) -->", GUIDE)) == {"consumer", "batch", "prune", "redis", "guard"}
-    assert GUIDE.count("```python") == 5
+    assert set(re.findall(r"<!-- tested: (\w+) -->", GUIDE)) == {
+        *("consumer", "batch", "prune", "offsets", "redis", "guard")
+    }
+    assert GUIDE.count("```python") == 6
 
 
 def test_what_it_links_to_exists() -> None:
@@ -84,6 +87,35 @@ async def test_each_order_is_charged_once(
     await connection.execute("UPDATE inbox SET handled_at = now() - interval '31 days' WHERE message_id = 'm1'")
     await defined["prune"](connection)
     assert await connection.fetchval("SELECT count(*) FROM inbox") == 3
+
+
+async def test_each_offset_is_charged_for_once(
+    database: Database, connection: asyncpg.Connection, kafka: Kafka
+) -> None:
+    """By two, one after the other, of which the second goes on where the first ended."""
+    topic = f"orders-{uuid4().hex}"
+    await kafka.create_topic(topic)
+    defined = examples("consumer", "offsets")
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all") as producer:
+        for number in (1, 2):
+            await producer.send_and_wait(topic, b"{}", key=str(number).encode())
+            async with (
+                asyncpg.create_pool(database.url, min_size=1, max_size=1) as pool,
+                AIOKafkaConsumer(
+                    bootstrap_servers=kafka.bootstrap_servers,
+                    group_id=f"payments-{uuid4().hex}",
+                    enable_auto_commit=False,
+                    auto_offset_reset="none",
+                ) as consumer,
+            ):
+                consuming = asyncio.create_task(defined["consume_from_the_database"](consumer, pool, topic))
+                charged = f"SELECT count(*) >= {number} FROM charge"
+                await eventually(partial(connection.fetchval, charged), "the message is charged")
+                consuming.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await consuming
+    rows = await connection.fetch("SELECT order_id FROM charge ORDER BY order_id")
+    assert [row["order_id"] for row in rows] == ["1", "2"]
 
 
 async def test_each_mail_is_sent_once() -> None:

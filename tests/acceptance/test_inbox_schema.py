@@ -14,7 +14,7 @@ from tests.acceptance.commands import outbox_relay
 from tests.conftest import Database
 from tests.waiting import eventually
 
-TABLES = ["inbox", "inbox_state"]
+TABLES = ["inbox", "inbox_offset", "inbox_state"]
 
 
 async def tables_of(connection: asyncpg.Connection, namespace: str = "public") -> list[str]:

@@ -1,0 +1,230 @@
+"""Handle once without a table of ids: how far a consumer has come is committed together with the effects.
+
+    offsets = Offsets("payments")
+    consumer.subscribe(["orders"], listener=SeekOnAssignment(offsets, consumer, pool))
+
+    async for message in consumer:
+        async with pool.acquire() as connection, connection.transaction():
+            if await offsets.accept(connection, message):
+                await charge(connection, message)
+
+One row a partition, in ``inbox_offset``, in the transaction of the handler's writes: nothing here commits, begins or
+rolls back that. Kafka's own offsets are not used; whoever is given a partition seeks to what the row says.
+
+**A partition has one owner.** To take it is to write a token of one's own into its row. That waits for a transaction
+that the last owner has open, and reads what it committed; whoever owned it before is then refused by ``accept``. So
+after a rebalance nobody handles what another has handled, however late he learns of it.
+
+**What it doesn't tell** is what its producer sent twice: those are two offsets; :mod:`~outbox_relay.inbox.postgres`
+does. Nor that a topic was deleted and made again, once the new one is longer than what was handled of the old.
+
+Relies on the primary key of ``inbox_offset``, ``(consumer, topic, partition)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+from uuid import UUID, uuid4
+
+import asyncpg
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from outbox_relay.errors import OffsetGoneError, PartitionLostError, PassedOverError
+from outbox_relay.inbox.ids import ConsumedMessage
+from outbox_relay.inbox.names import checked_name
+from outbox_relay.inbox.transaction import Connection, fetch, require
+
+M = TypeVar("M", bound=ConsumedMessage)
+
+# It waits for the transaction that the last owner has open. What it inserts for a new partition is where that begins.
+_TAKE = """\
+-- take a partition
+INSERT INTO {schema}inbox_offset AS o (consumer, topic, partition, next_offset, owner)
+VALUES (CAST($1 AS text), CAST($2 AS text), CAST($3 AS integer), CAST($4 AS bigint), CAST($5 AS uuid))
+ON CONFLICT (consumer, topic, partition) DO UPDATE SET owner = CAST($5 AS uuid)
+RETURNING o.next_offset
+"""
+
+_LOCK = """\
+-- lock a partition
+SELECT owner, next_offset FROM {schema}inbox_offset
+WHERE consumer = CAST($1 AS text) AND topic = CAST($2 AS text) AND partition = CAST($3 AS integer)
+FOR UPDATE
+"""
+
+_MOVE = """\
+-- move the offset
+UPDATE {schema}inbox_offset SET next_offset = CAST($4 AS bigint)
+WHERE consumer = CAST($1 AS text) AND topic = CAST($2 AS text) AND partition = CAST($3 AS integer)
+RETURNING next_offset
+"""
+
+
+@dataclass(slots=True)
+class _Held:
+    """A partition that was taken: the last accept began at ``first`` and moved the offset from ``base`` to ``next``."""
+
+    owner: UUID
+    base: int
+    first: int
+    next: int
+
+
+class Offsets:
+    """How far one consumer has come. It remembers the partitions that it took: one for each Kafka consumer.
+
+    ``consumer`` is as for :class:`~outbox_relay.inbox.postgres.Inbox`.
+    """
+
+    def __init__(self, consumer: str) -> None:
+        self.consumer = checked_name(consumer)
+        self._held: dict[tuple[str, int], _Held] = {}
+        self._refused: dict[tuple[str, int], Exception] = {}
+
+    async def take(self, connection: Connection, topic: str, partition: int, *, beginning: int, end: int) -> int:
+        """Own the partition once this transaction commits; the offset to go on from.
+
+        ``beginning`` and ``end`` are where the partition begins and ends in Kafka; a consumer that has never had it
+        begins at the beginning. Waits for a transaction that its last owner has open.
+
+        Raises NotInTransactionError, and OffsetGoneError where Kafka no longer has that offset.
+        """
+        owner = uuid4()
+        self.drop(topic, partition)
+        rows = await fetch(connection, _TAKE, self.consumer, topic, partition, beginning, owner)
+        offset: int = rows[0][0]
+        if not beginning <= offset <= end:
+            why = (
+                f"what follows until {beginning} was deleted before it was handled"
+                if offset < beginning
+                else "the topic was made anew, or lost what it had"
+            )
+            raise OffsetGoneError(
+                f"consumer {self.consumer!r} is at offset {offset} of {topic}, partition {partition}, which has offsets"
+                f" {beginning} to {end}: {why}. Find out what is missing; then to go on, UPDATE inbox_offset SET"
+                f" next_offset = {beginning} for it, which handles all that is there"
+            )
+        self._held[topic, partition] = _Held(owner, offset, offset, offset)
+        return offset
+
+    def drop(self, topic: str, partition: int) -> None:
+        """The partition is no longer this one's; what it has open may still be committed."""
+        self._held.pop((topic, partition), None)
+        self._refused.pop((topic, partition), None)
+
+    def refuse(self, topic: str, partition: int, error: Exception) -> None:
+        """The partition couldn't be taken: each of its messages raises this."""
+        self.drop(topic, partition)
+        self._refused[topic, partition] = error
+
+    async def accept(self, connection: Connection, message: ConsumedMessage) -> bool:
+        """Whether the message is new: then it counts as handled once this transaction commits, and only then.
+
+        ``connection`` is as for ``Inbox.accept``. Raises NotInTransactionError; PartitionLostError where another has
+        the partition, or nobody took it; PassedOverError where a message before this one was rolled back and is not
+        handled yet. After any of them the transaction is to be rolled back.
+        """
+        return bool(await self.accept_batch(connection, [message]))
+
+    async def accept_batch(self, connection: Connection, messages: Sequence[M]) -> list[M]:
+        """The messages that are new; all of one partition, in its order; as :meth:`accept`. Two statements."""
+        if not messages:
+            await require(connection)
+            return []
+        topic, partition = messages[0].topic, messages[0].partition
+        if any((message.topic, message.partition) != (topic, partition) for message in messages):
+            raise ValueError("the messages of a batch must be of one partition: accept those of each by themselves")
+        if refused := self._refused.get((topic, partition)):
+            raise refused
+        held = self._held.get((topic, partition))
+        if held is None:
+            raise PartitionLostError(
+                f"{topic}, partition {partition}, isn't taken here: subscribe with SeekOnAssignment as the listener"
+            )
+        rows = await fetch(connection, _LOCK, self.consumer, topic, partition)
+        if not rows or UUID(str(rows[0][0])) != held.owner:
+            raise PartitionLostError(
+                f"another {self.consumer!r} has taken {topic}, partition {partition}: roll back, it handles the message"
+            )
+        offset: int = rows[0][1]
+        new = [message for message in messages if message.offset >= offset]
+        if not new:
+            return []
+        # Where the last accept was rolled back, its message must come first again. Offsets have gaps, so that one can't
+        # tell from them alone.
+        is_again = offset == held.base and new[0].offset <= held.first
+        if new[0].offset != offset != held.next and not is_again:
+            raise PassedOverError(
+                f"the message at offset {new[0].offset} of {topic}, partition {partition}, comes after one that was"
+                f" rolled back: handle that first, or seek to {offset}, and take the partition again"
+            )
+        after = new[-1].offset + 1
+        await fetch(connection, _MOVE, self.consumer, topic, partition, after)
+        held.base, held.first, held.next = offset, new[0].offset, after
+        return new
+
+
+class SeekOnAssignment(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Takes each partition that the consumer is given, and seeks to where its effects end.
+
+    The consumer has ``auto_offset_reset="none"``, so that it raises OffsetOutOfRangeError where Kafka deletes messages
+    before it reads them, instead of passing over them; anything else is a ValueError. ``enable_auto_commit=False``.
+
+    ``database`` is an asyncpg pool or a SQLAlchemy ``AsyncEngine``. What a partition can't be taken for is logged by
+    aiokafka, and raised by ``accept`` for each of its messages.
+    """
+
+    def __init__(self, offsets: Offsets, consumer: AIOKafkaConsumer, database: asyncpg.Pool | AsyncEngine) -> None:
+        if getattr(consumer, "_auto_offset_reset", "none") != "none":
+            raise ValueError('the consumer must have auto_offset_reset="none", or it may pass over messages in silence')
+        self._offsets = offsets
+        self._consumer = consumer
+        self._database = database
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        for each in revoked:
+            self._offsets.drop(each.topic, each.partition)
+
+    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        partitions = sorted(assigned)
+        if not partitions:
+            return
+        # Before anything is awaited: with a position nobody asks the group for one, and nothing is fetched when paused.
+        self._consumer.pause(*partitions)
+        for each in partitions:
+            self._consumer.seek(each, 0)
+        try:
+            beginnings = await self._consumer.beginning_offsets(partitions)
+            ends = await self._consumer.end_offsets(partitions)
+            for each in partitions:
+                await self._take(each, beginnings[each], ends[each])
+        except Exception as error:
+            for each in partitions:
+                self._offsets.refuse(each.topic, each.partition, error)
+            raise
+        finally:
+            self._consumer.resume(*partitions)
+
+    async def _take(self, each: TopicPartition, beginning: int, end: int) -> None:
+        try:
+            async with _begin(self._database) as connection:
+                offset = await self._offsets.take(connection, each.topic, each.partition, beginning=beginning, end=end)
+        except OffsetGoneError as error:
+            # Its first message, whichever that is, is to raise it; the others go on.
+            self._offsets.refuse(each.topic, each.partition, error)
+            offset = beginning
+        self._consumer.seek(each, offset)
+
+
+@asynccontextmanager
+async def _begin(database: asyncpg.Pool | AsyncEngine) -> AsyncIterator[Connection]:
+    if isinstance(database, AsyncEngine):
+        async with database.begin() as connection:
+            yield connection
+    else:
+        async with database.acquire() as connection, connection.transaction():
+            yield connection
