@@ -1,7 +1,7 @@
 """Handle once without a table of ids: how far a consumer has come is committed together with the effects.
 
     offsets = Offsets("payments")
-    consumer.subscribe(["orders"], listener=SeekOnAssignment(offsets, consumer, pool))
+    consumer.subscribe(["orders"], listener=Seek(offsets, consumer, pool))  # see SeekOnAssignment
 
     async for message in consumer:
         async with pool.acquire() as connection, connection.transaction():
@@ -26,11 +26,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 from uuid import UUID, uuid4
 
 import asyncpg
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_relay.errors import OffsetGoneError, PartitionLostError, PassedOverError
@@ -143,7 +142,7 @@ class Offsets:
         held = self._held.get((topic, partition))
         if held is None:
             raise PartitionLostError(
-                f"{topic}, partition {partition}, isn't taken here: subscribe with SeekOnAssignment as the listener"
+                f"{topic}, partition {partition}, isn't taken here: subscribe with a SeekOnAssignment as the listener"
             )
         rows = await fetch(connection, _LOCK, self.consumer, topic, partition)
         if not rows or UUID(str(rows[0][0])) != held.owner:
@@ -168,8 +167,22 @@ class Offsets:
         return new
 
 
-class SeekOnAssignment(ConsumerRebalanceListener):  # type: ignore[misc]
+class Partition(Protocol):
+    """What is asked of a partition; aiokafka's ``TopicPartition`` has it."""
+
+    @property
+    def topic(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+
+
+class SeekOnAssignment:
     """Takes each partition that the consumer is given, and seeks to where its effects end.
+
+        class Seek(SeekOnAssignment, ConsumerRebalanceListener):
+            pass
+
+    is a listener as aiokafka's ``subscribe`` takes it; nothing of the inbox imports aiokafka.
 
     The consumer has ``auto_offset_reset="none"``, so that it raises OffsetOutOfRangeError where Kafka deletes messages
     before it reads them, instead of passing over them; anything else is a ValueError. ``enable_auto_commit=False``.
@@ -178,19 +191,19 @@ class SeekOnAssignment(ConsumerRebalanceListener):  # type: ignore[misc]
     aiokafka, and raised by ``accept`` for each of its messages.
     """
 
-    def __init__(self, offsets: Offsets, consumer: AIOKafkaConsumer, database: asyncpg.Pool | AsyncEngine) -> None:
+    def __init__(self, offsets: Offsets, consumer: Any, database: asyncpg.Pool | AsyncEngine) -> None:
         if getattr(consumer, "_auto_offset_reset", "none") != "none":
             raise ValueError('the consumer must have auto_offset_reset="none", or it may pass over messages in silence')
         self._offsets = offsets
         self._consumer = consumer
         self._database = database
 
-    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+    async def on_partitions_revoked(self, revoked: Iterable[Partition]) -> None:
         for each in revoked:
             self._offsets.drop(each.topic, each.partition)
 
-    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        partitions = sorted(assigned)
+    async def on_partitions_assigned(self, assigned: Iterable[Partition]) -> None:
+        partitions = sorted(assigned, key=lambda each: (each.topic, each.partition))
         if not partitions:
             return
         # Before anything is awaited: with a position nobody asks the group for one, and nothing is fetched when paused.
@@ -209,7 +222,7 @@ class SeekOnAssignment(ConsumerRebalanceListener):  # type: ignore[misc]
         finally:
             self._consumer.resume(*partitions)
 
-    async def _take(self, each: TopicPartition, beginning: int, end: int) -> None:
+    async def _take(self, each: Partition, beginning: int, end: int) -> None:
         try:
             async with _begin(self._database) as connection:
                 offset = await self._offsets.take(connection, each.topic, each.partition, beginning=beginning, end=end)

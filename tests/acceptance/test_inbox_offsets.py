@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener
 
 from outbox_relay.errors import NotInTransactionError, OffsetGoneError, PartitionLostError, PassedOverError
 from outbox_relay.inbox import message_id
@@ -23,6 +23,10 @@ from tests.consumed import record
 
 #: Two of a message that its producer sent twice, since they have two offsets.
 EACH_OFFSET_ONCE = dict(Counter(SENT))
+
+
+class Seek(SeekOnAssignment, ConsumerRebalanceListener):  # type: ignore[misc]
+    """As aiokafka wants a listener to be."""
 
 
 @pytest.fixture
@@ -85,7 +89,7 @@ async def test_members_of_a_group_go_on_where_the_effects_end(
                 enable_auto_commit=False,
                 auto_offset_reset="none",
             ) as consumer:
-                consumer.subscribe([topic], listener=SeekOnAssignment(offsets, consumer, pool))
+                consumer.subscribe([topic], listener=Seek(offsets, consumer, pool))
                 while turn == 2 or len(read) < (3, len(SENT))[turn]:
                     message = await consumer.getone()
                     async with pool.acquire() as connection, connection.transaction():
