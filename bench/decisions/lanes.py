@@ -96,6 +96,7 @@ async def opened(
         poll=Poll(relay.poll_floor_seconds, relay.poll_ceiling_seconds),
         layout_buckets=layout.buckets,
         layout_slots=layout.slots,
+        all_open=True,
     )
 
     def source(lane: int) -> PollingSource:

@@ -172,6 +172,7 @@ async def source_on(
         poll=Poll(0.5, 0.5),
         layout_buckets=BUCKETS,
         layout_slots=SLOTS,
+        all_open=True,
     )
     source = PollingSource(
         session,
