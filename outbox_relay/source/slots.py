@@ -168,14 +168,14 @@ class Slots:
         if gone & self._moving:
             self._beat_at_once()  # to take them again
         if gone - self._moving:
-            self._telemetry.slots_released(gone - self._moving, len(self._owned))
+            self._telemetry.slots_released(gone - self._moving, self._count)
 
     def lost(self, slots: Iterable[int], reason: str) -> None:
         gone = {slot for slot in slots if self._owned.pop(slot, None) is not None}
         self._surplus -= gone
         self._moving -= gone
         if gone:
-            self._telemetry.slots_lost(gone, len(self._owned), reason)
+            self._telemetry.slots_lost(gone, self._count, reason)
 
     # -- the heartbeat
 
@@ -280,7 +280,7 @@ class Slots:
             self._adopt(self._epochs() | {slot["slot"]: slot["epoch"] for slot in taken}, new=True)
         if taken_by_others := on_their_way - self._owned.keys():
             self._moving -= taken_by_others
-            self._telemetry.slots_released(taken_by_others, len(self._owned))
+            self._telemetry.slots_released(taken_by_others, self._count)
         self._first_beat.set()
 
     async def _announced(self) -> int:
@@ -312,6 +312,11 @@ class Slots:
             await self._session.listen(row["channel"], self.watch.word)
         return bool(channels)
 
+    @property
+    def _count(self) -> int:
+        """How many slots are ours, with those on their way from lane to lane."""
+        return len(self._owned.keys() | self._moving)
+
     def _epochs(self) -> dict[int, int]:
         return {slot: owned.epoch for slot, owned in self._owned.items()}
 
@@ -328,7 +333,7 @@ class Slots:
         new_here = [slot for slot in gained if slot not in self._moving]
         self._moving.difference_update(gained)
         if new_here:
-            self._telemetry.slots_taken(new_here, len(self._owned))
+            self._telemetry.slots_taken(new_here, self._count)
 
     def _emptiest_lane(self) -> int:
         lanes = [owned.lane for owned in self._owned.values()]
