@@ -1,6 +1,6 @@
 """What a competent developer writes in a day: claims of many rows, batches built per partition, marks by array.
 
-No feature beyond that: no retries, one process only, lost order after a failure. Two claims are in flight, as in
+No feature beyond that: no retries, one process only, lost order after a failure. Four claims are in flight, as in
 outbox-relay: each worker has the rows whose hashed key falls to it, a connection and a producer.
 """
 
@@ -16,7 +16,7 @@ import asyncpg
 from aiokafka import AIOKafkaProducer
 from aiokafka.partitioner import murmur2
 
-WORKERS = 2
+WORKERS = 4
 ROWS = 2_000
 BATCH_BYTES = 512 * 1024
 
