@@ -13,9 +13,11 @@ import asyncpg
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from redis.asyncio import Redis
+from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from outbox_relay.inbox import schema
 from outbox_relay.servers import Kafka
+from tests.acceptance.inboxes import engine_of
 from tests.conftest import Database
 from tests.consumed import record
 from tests.redis_server import RedisServer
@@ -44,9 +46,9 @@ async def connection(database: Database) -> asyncpg.Connection:
 
 def test_every_example_is_tested_here() -> None:
     assert set(re.findall(r"<!-- tested: (\w+) -->", GUIDE)) == {
-        *("consumer", "batch", "prune", "offsets", "redis", "guard")
+        *("consumer", "batch", "prune", "runner", "offsets", "redis", "guard")
     }
-    assert GUIDE.count("```python") == 6
+    assert GUIDE.count("```python") == 7
 
 
 def test_what_it_links_to_exists() -> None:
@@ -87,6 +89,27 @@ async def test_each_order_is_charged_once(
     await connection.execute("UPDATE inbox SET handled_at = now() - interval '31 days' WHERE message_id = 'm1'")
     await defined["prune"](connection)
     assert await connection.fetchval("SELECT count(*) FROM inbox") == 3
+
+
+async def test_the_runner_charges_each_order_once(
+    database: Database, connection: asyncpg.Connection, kafka: Kafka
+) -> None:
+    topic = f"orders-{uuid4().hex}"
+    await kafka.create_topic(topic)
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all") as producer:
+        for id_ in ("1", "2", "1", "3"):
+            headers = [("id", b"m" + id_.encode()), ("type", b"order.placed")]
+            await producer.send_and_wait(topic, b"{}", key=id_.encode(), headers=headers)
+    async with engine_of(database.url) as engine:
+        sessions = async_sessionmaker(engine)
+        consumer = examples("consumer", "runner")["payments"](kafka.bootstrap_servers, topic, sessions)
+        running = asyncio.create_task(consumer.run())
+        everything = "SELECT count(*) = 3 FROM charge"
+        await eventually(lambda: connection.fetchval(everything), "all are charged")
+        consumer.stop()
+        await running
+    rows = await connection.fetch("SELECT order_id FROM charge ORDER BY order_id")
+    assert [row["order_id"] for row in rows] == ["1", "2", "3"]
 
 
 async def test_each_offset_is_charged_for_once(

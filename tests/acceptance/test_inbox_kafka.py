@@ -11,10 +11,11 @@ import sys
 from uuid import uuid4
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from outbox_relay.inbox import message_id
 from outbox_relay.servers import Kafka
+from tests.acceptance import inbox_runner_consumer
 from tests.acceptance.inbox_consumer import INBOX, STEPS
 from tests.acceptance.inboxes import charges_of, prepare, waits_for_another
 from tests.conftest import Database
@@ -48,9 +49,10 @@ async def consume(
 ) -> None:
     """A consumer, until it has handled everything; or with a step until then, when it is killed."""
     arguments = [database.url, kafka.bootstrap_servers, topic, group, handler, die_after, str(at)]
+    program = "inbox_runner_consumer" if handler in inbox_runner_consumer.HANDLERS else "inbox_consumer"
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "tests.acceptance.inbox_consumer", *arguments),
+        *("-m", f"tests.acceptance.{program}", *arguments),
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
@@ -73,11 +75,37 @@ async def charges_after_a_kill(
     """What was charged for by a consumer that is killed after a step, and one that goes on."""
     group = f"payments-{uuid4().hex}"
     await consume(database, kafka, topic, group, handler, die_after=step, at=at)
+    if handler in inbox_runner_consumer.HANDLERS:
+        # A member of the group, which waits long for the one that was killed.
+        group, handler = await with_its_offset(kafka, topic, group), "runner"
     await consume(database, kafka, topic, group, handler)
     return await charges_of(database)
 
 
-@pytest.mark.parametrize("handler", ["one_by_one", "in_batches"])
+async def with_its_offset(kafka: Kafka, topic: str, group: str) -> str:
+    """Another group, that has come as far as this one."""
+    partition, other = TopicPartition(topic, 0), f"{group}-again"
+    async with member_of(kafka, group) as consumer:
+        consumer.assign([partition])
+        offset = await consumer.committed(partition)
+    if offset is not None:
+        async with member_of(kafka, other) as consumer:
+            consumer.assign([partition])
+            await consumer.commit({partition: offset})
+    return other
+
+
+def member_of(kafka: Kafka, group: str, *topics: str) -> AIOKafkaConsumer:
+    return AIOKafkaConsumer(
+        *topics,
+        bootstrap_servers=kafka.bootstrap_servers,
+        group_id=group,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+    )
+
+
+@pytest.mark.parametrize("handler", ["one_by_one", "in_batches", "runner"])
 @pytest.mark.parametrize("step", STEPS)
 async def test_each_message_is_charged_for_once_although_the_consumer_is_killed(
     inbox_database: Database, kafka: Kafka, topic: str, handler: str, step: str
@@ -89,7 +117,7 @@ async def test_each_message_is_charged_for_once_although_offsets_are_set_back(
     inbox_database: Database, kafka: Kafka, topic: str
 ) -> None:
     """As by a group that lost them: each consumer begins at the beginning."""
-    for handler in ("one_by_one", "in_batches"):
+    for handler in ("one_by_one", "in_batches", "runner"):
         await consume(inbox_database, kafka, topic, f"payments-{uuid4().hex}", handler)
     await consume(
         inbox_database, kafka, topic, f"payments-{uuid4().hex}", "one_by_one", die_after="committed", at=REPEATED_AT
@@ -101,6 +129,13 @@ async def test_a_consumer_that_commits_offsets_before_the_database_is_caught(
     inbox_database: Database, kafka: Kafka, topic: str
 ) -> None:
     charged = await charges_after_a_kill(inbox_database, kafka, topic, "offset_before_the_commit", "offset", at=5)
+    assert charged == {"m1": 1, "m2": 1, "m3": 1}
+
+
+async def test_a_runner_that_commits_offsets_before_the_database_is_caught(
+    inbox_database: Database, kafka: Kafka, topic: str
+) -> None:
+    charged = await charges_after_a_kill(inbox_database, kafka, topic, "finished_before_handled", "charged", at=5)
     assert charged == {"m1": 1, "m2": 1, "m3": 1}
 
 
@@ -117,24 +152,15 @@ async def test_a_message_whose_partition_changes_hands_while_it_is_handled_is_ch
     first, second, watcher = [await inbox_database.connect() for _ in range(3)]
     group = f"payments-{uuid4().hex}"
 
-    def member() -> AIOKafkaConsumer:
-        return AIOKafkaConsumer(
-            topic,
-            bootstrap_servers=kafka.bootstrap_servers,
-            group_id=group,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-        )
-
     async with asyncio.timeout(90):
-        async with member() as consumer:
+        async with member_of(kafka, group, topic) as consumer:
             message = await consumer.getone()
             handling = first.transaction()
             await handling.start()
             assert await INBOX.accept(first, message)
             await first.execute("INSERT INTO charge VALUES ($1)", message_id(message))
         # It has left its group, and doesn't know yet that its work is another's now.
-        async with member() as consumer:
+        async with member_of(kafka, group, topic) as consumer:
             again = await consumer.getone()
             assert (again.offset, message_id(again)) == (message.offset, message_id(message))
             async with second.transaction():

@@ -28,10 +28,16 @@ class Event:
 
 
 def methods() -> dict[str, ast.FunctionDef]:
-    """Telemetry's methods, by name."""
-    tree = ast.parse((PACKAGE / "telemetry.py").read_text())
-    (telemetry,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Telemetry")
-    return {node.name: node for node in telemetry.body if isinstance(node, ast.FunctionDef)}
+    """The methods of the relay's Telemetry and the consumer's, by their names."""
+    found: dict[str, ast.FunctionDef] = {}
+    for path in ("telemetry.py", "inbox/telemetry.py"):
+        tree = ast.parse((PACKAGE / path).read_text())
+        (telemetry,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Telemetry")
+        for method in telemetry.body:
+            if isinstance(method, ast.FunctionDef) and method.name != "__init__":
+                assert method.name not in found, f"{method.name} is in both"
+                found[method.name] = method
+    return found
 
 
 def log_calls(method: ast.FunctionDef) -> list[ast.Call]:
