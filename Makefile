@@ -63,7 +63,7 @@ lock: ## Choose the newest versions that pyproject.toml allows and write require
 	@$(PYTHON) -m venv .cache/lock
 	@.cache/lock/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@.cache/lock/bin/uv pip compile --quiet --upgrade pyproject.toml --extra demo --extra compression --extra redis \
-		--group dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -o requirements.lock
+		--extra faststream --group dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -o requirements.lock
 
 clean: ## Remove what was built here; downloads stay in the cache
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist build reports

@@ -4,6 +4,7 @@
 :mod:`~outbox_relay.inbox.offsets` the same with an offset for each partition instead of an id for each message.
 :mod:`~outbox_relay.inbox.redis` where they are somewhere else: a stated bound.
 :mod:`~outbox_relay.inbox.guard` so that late messages don't move a state backwards.
+:mod:`~outbox_relay.inbox.runner` and :mod:`~outbox_relay.inbox.faststream` to tie it together.
 
 For the relay's topics, and for any other topic of Kafka whose messages have an id.
 """

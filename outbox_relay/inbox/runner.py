@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
@@ -30,14 +29,13 @@ from outbox_relay.inbox.outages import is_outage
 from outbox_relay.inbox.postgres import Inbox
 from outbox_relay.inbox.progress import Progress
 from outbox_relay.inbox.telemetry import Telemetry
-from outbox_relay.inbox.transaction import Connection
+from outbox_relay.inbox.transaction import Transaction
 from outbox_relay.retry import Backoff
 
 if TYPE_CHECKING:
     from outbox_relay.inbox.redis import RedisInbox
 
 Handler: TypeAlias = Callable[..., Awaitable[object]]
-Transaction: TypeAlias = Callable[[], AbstractAsyncContextManager[Connection]]
 
 
 class PermanentError(OutboxRelayError):

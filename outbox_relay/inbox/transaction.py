@@ -7,7 +7,8 @@ drivers don't ask PostgreSQL what type it expects. ``{schema}`` stands before th
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -24,6 +25,9 @@ from outbox_relay.errors import NotInTransactionError
 Connection: TypeAlias = (
     AsyncSession | AsyncConnection | async_scoped_session[Any] | asyncpg.Connection | PoolConnectionProxy
 )
+
+#: Opens a connection in a transaction, and commits it at its end, or rolls back what raised.
+Transaction: TypeAlias = Callable[[], AbstractAsyncContextManager[Connection]]
 
 _ARGUMENT = re.compile(r"\$(\d+)")
 

@@ -46,9 +46,9 @@ async def connection(database: Database) -> asyncpg.Connection:
 
 def test_every_example_is_tested_here() -> None:
     assert set(re.findall(r"<!-- tested: (\w+) -->", GUIDE)) == {
-        *("consumer", "batch", "prune", "runner", "offsets", "redis", "guard")
+        *("consumer", "batch", "prune", "runner", "faststream", "offsets", "redis", "guard")
     }
-    assert GUIDE.count("```python") == 7
+    assert GUIDE.count("```python") == 8
 
 
 def test_what_it_links_to_exists() -> None:
@@ -108,6 +108,23 @@ async def test_the_runner_charges_each_order_once(
         await eventually(lambda: connection.fetchval(everything), "all are charged")
         consumer.stop()
         await running
+    rows = await connection.fetch("SELECT order_id FROM charge ORDER BY order_id")
+    assert [row["order_id"] for row in rows] == ["1", "2", "3"]
+
+
+async def test_with_faststream_each_order_is_charged_once(
+    database: Database, connection: asyncpg.Connection, kafka: Kafka
+) -> None:
+    topic = f"orders-{uuid4().hex}"
+    await kafka.create_topic(topic)
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all") as producer:
+        for id_ in ("1", "2", "1", "3"):
+            await producer.send_and_wait(topic, b"{}", key=id_.encode(), headers=[("id", b"m" + id_.encode())])
+    async with engine_of(database.url) as engine:
+        defined = examples("consumer", "runner", "faststream")
+        async with defined["payments_broker"](kafka.bootstrap_servers, topic, async_sessionmaker(engine)) as broker:
+            await broker.start()
+            await eventually(lambda: connection.fetchval("SELECT count(*) = 3 FROM charge"), "all are charged")
     rows = await connection.fetch("SELECT order_id FROM charge ORDER BY order_id")
     assert [row["order_id"] for row in rows] == ["1", "2", "3"]
 

@@ -15,7 +15,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from outbox_relay.inbox import message_id
 from outbox_relay.servers import Kafka
-from tests.acceptance import inbox_runner_consumer
+from tests.acceptance import inbox_faststream_consumer, inbox_runner_consumer
 from tests.acceptance.inbox_consumer import INBOX, STEPS
 from tests.acceptance.inboxes import charges_of, prepare, waits_for_another
 from tests.conftest import Database
@@ -25,6 +25,12 @@ SENT = ("m1", "m2", "m1", "m3", "m2", "m4", "m3")
 NEW_AT = 3
 REPEATED_AT = 4
 ONCE_EACH = {"m1": 1, "m2": 1, "m3": 1, "m4": 1}
+
+#: Members of their group, which waits long for one that was killed; by handler, and which goes on.
+MEMBERS = {
+    **dict.fromkeys(inbox_runner_consumer.HANDLERS, ("inbox_runner_consumer", "runner")),
+    **dict.fromkeys(inbox_faststream_consumer.HANDLERS, ("inbox_faststream_consumer", "faststream")),
+}
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ async def consume(
 ) -> None:
     """A consumer, until it has handled everything; or with a step until then, when it is killed."""
     arguments = [database.url, kafka.bootstrap_servers, topic, group, handler, die_after, str(at)]
-    program = "inbox_runner_consumer" if handler in inbox_runner_consumer.HANDLERS else "inbox_consumer"
+    program, _ = MEMBERS.get(handler, ("inbox_consumer", handler))
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", f"tests.acceptance.{program}", *arguments),
@@ -75,9 +81,8 @@ async def charges_after_a_kill(
     """What was charged for by a consumer that is killed after a step, and one that goes on."""
     group = f"payments-{uuid4().hex}"
     await consume(database, kafka, topic, group, handler, die_after=step, at=at)
-    if handler in inbox_runner_consumer.HANDLERS:
-        # A member of the group, which waits long for the one that was killed.
-        group, handler = await with_its_offset(kafka, topic, group), "runner"
+    if handler in MEMBERS:
+        group, handler = await with_its_offset(kafka, topic, group), MEMBERS[handler][1]
     await consume(database, kafka, topic, group, handler)
     return await charges_of(database)
 
@@ -113,6 +118,12 @@ async def test_each_message_is_charged_for_once_although_the_consumer_is_killed(
     assert await charges_after_a_kill(inbox_database, kafka, topic, handler, step) == ONCE_EACH
 
 
+@pytest.mark.parametrize("step", ["charged", "committed"])
+async def test_with_faststream_too(inbox_database: Database, kafka: Kafka, topic: str, step: str) -> None:
+    """Around the database's commit; before and after these its steps are those of the others."""
+    assert await charges_after_a_kill(inbox_database, kafka, topic, "faststream", step) == ONCE_EACH
+
+
 async def test_each_message_is_charged_for_once_although_offsets_are_set_back(
     inbox_database: Database, kafka: Kafka, topic: str
 ) -> None:
@@ -136,6 +147,13 @@ async def test_a_runner_that_commits_offsets_before_the_database_is_caught(
     inbox_database: Database, kafka: Kafka, topic: str
 ) -> None:
     charged = await charges_after_a_kill(inbox_database, kafka, topic, "finished_before_handled", "charged", at=5)
+    assert charged == {"m1": 1, "m2": 1, "m3": 1}
+
+
+async def test_faststream_that_commits_offsets_by_itself_is_caught(
+    inbox_database: Database, kafka: Kafka, topic: str
+) -> None:
+    charged = await charges_after_a_kill(inbox_database, kafka, topic, "faststream_ack_first", "charged", at=5)
     assert charged == {"m1": 1, "m2": 1, "m3": 1}
 
 
