@@ -228,7 +228,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         state.progress.finish(message.offset)
 
     async def _handle(self, message: Any) -> float | None:
-        """Handled, or skipped as a repeat; otherwise how long another may still hold it."""
+        """Handled, or skipped as a repeat; otherwise when to ask whether another still holds it."""
         type_ = (header(message, "type") or b"").decode("utf-8", "replace") or None
         handler = self._handlers.get((message.topic, type_)) or self._handlers.get((message.topic, None))
         if handler is None:
@@ -243,7 +243,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
 
             claim = await self._inbox.claim(message)
             if isinstance(claim, Busy):
-                return claim.lease_seconds
+                # Not for all of its lease: its holder may fail before, and let go.
+                return min(claim.lease_seconds, self._backoff.ceiling_seconds)
             if isinstance(claim, Claimed):
                 try:
                     await handler(message)
