@@ -23,8 +23,10 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListen
 from aiokafka.errors import KafkaError
 
 from outbox_relay.errors import MissingMessageIdError, OutboxRelayError
+from outbox_relay.inbox.closing import Closing
 from outbox_relay.inbox.ids import header
 from outbox_relay.inbox.keys import KeyQueues
+from outbox_relay.inbox.letters import letter
 from outbox_relay.inbox.outages import is_outage
 from outbox_relay.inbox.postgres import Inbox
 from outbox_relay.inbox.progress import Progress
@@ -44,7 +46,6 @@ class PermanentError(OutboxRelayError):
 
 _POLL_MS = 100
 _BURY_SECONDS = 30.0
-_LONGEST_REASON = 1_000
 
 
 class _Partition:
@@ -52,15 +53,7 @@ class _Partition:
         self.progress = Progress()
         self.queues = queues
         self.is_paused = False
-        self.is_closing = asyncio.Event()
-
-    async def rest(self, seconds: float) -> bool:
-        """Wait before another try; False where the partition is being taken away, so that there is none."""
-        try:
-            await asyncio.wait_for(self.is_closing.wait(), seconds)
-        except TimeoutError:
-            return True
-        return False
+        self.is_closing = Closing()
 
 
 class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -223,7 +216,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                     break
                 pause_seconds = self._backoff.delay_seconds(failures)
                 self._telemetry.message_failed(message, error, attempts, pause_seconds)
-            if not await state.rest(pause_seconds):
+            if not await state.is_closing.rest(pause_seconds):
                 return
         state.progress.finish(message.offset)
 
@@ -259,17 +252,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     async def _bury(self, state: _Partition, message: Any, error: Exception, attempts: int) -> bool:
         """Write it to the dead-letter topic, however often that fails; False if its partition is taken away before."""
         assert self._dead_letter_topic is not None
-        about = {
-            "dead-reason": f"{type(error).__name__}: {error}"[:_LONGEST_REASON],
-            "dead-attempts": str(attempts),
-            "dead-topic": message.topic,
-            "dead-partition": str(message.partition),
-            "dead-offset": str(message.offset),
-        }
-        headers = [*message.headers, *((name, text.encode("utf-8", "replace")) for name, text in about.items())]
-        # A message with neither key nor value can't be sent by aiokafka.
-        value = b"" if message.value is None and message.key is None else message.value
-        letter = {"value": value, "key": message.key, "headers": headers}
+        dead = letter(message, error, attempts)
         tries = 0
         while not state.is_closing.is_set():
             try:
@@ -278,11 +261,11 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                     asyncio.timeout(_BURY_SECONDS),
                     AIOKafkaProducer(**self._settings, enable_idempotence=True) as producer,
                 ):
-                    await producer.send_and_wait(self._dead_letter_topic, **letter)
+                    await producer.send_and_wait(self._dead_letter_topic, dead.value, dead.key, headers=dead.headers)
             except Exception as failure:  # whatever it was, the message isn't passed over
                 tries += 1
                 self._telemetry.message_unburied(message, failure, self._dead_letter_topic)
-                await state.rest(self._backoff.delay_seconds(tries))
+                await state.is_closing.rest(self._backoff.delay_seconds(tries))
             else:
                 self._telemetry.message_dead(message, error, attempts, self._dead_letter_topic)
                 return True

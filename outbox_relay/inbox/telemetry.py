@@ -8,7 +8,7 @@ import structlog
 
 
 class Telemetry:
-    """Events of one :class:`~outbox_relay.inbox.runner.Consumer`. Keys and payloads are never logged."""
+    """Events of one ``Consumer`` or ``Transformer``. Keys and payloads are never logged."""
 
     def __init__(self, **context: Any) -> None:
         self._log = structlog.get_logger("outbox_relay.inbox").bind(**context)
@@ -59,3 +59,12 @@ class Telemetry:
 
     def offsets_uncommitted(self, error: Exception) -> None:
         self._log.warning("offsets.uncommitted", error=type(error).__name__)
+
+    def transaction_failed(self, topic: str, partition: int, error: Exception, retry_in_seconds: float) -> None:
+        self._log.warning(
+            "transaction.failed",
+            topic=topic,
+            partition=partition,
+            error=type(error).__name__,
+            retry_in_seconds=retry_in_seconds,
+        )

@@ -46,9 +46,9 @@ async def connection(database: Database) -> asyncpg.Connection:
 
 def test_every_example_is_tested_here() -> None:
     assert set(re.findall(r"<!-- tested: (\w+) -->", GUIDE)) == {
-        *("consumer", "batch", "prune", "runner", "faststream", "offsets", "redis", "guard")
+        *("consumer", "batch", "prune", "runner", "faststream", "offsets", "transform", "redis", "guard")
     }
-    assert GUIDE.count("```python") == 8
+    assert GUIDE.count("```python") == 9
 
 
 def test_what_it_links_to_exists() -> None:
@@ -156,6 +156,30 @@ async def test_each_offset_is_charged_for_once(
                     await consuming
     rows = await connection.fetch("SELECT order_id FROM charge ORDER BY order_id")
     assert [row["order_id"] for row in rows] == ["1", "2"]
+
+
+async def test_each_order_becomes_one_invoice(kafka: Kafka) -> None:
+    orders, invoices = f"orders-{uuid4().hex}", f"invoices-{uuid4().hex}"
+    for topic in (orders, invoices):
+        await kafka.create_topic(topic)
+    async with (
+        AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all") as producer,
+        AIOKafkaConsumer(
+            invoices,
+            bootstrap_servers=kafka.bootstrap_servers,
+            isolation_level="read_committed",
+            auto_offset_reset="earliest",
+        ) as reader,
+    ):
+        for number in (b"1", b"2"):
+            await producer.send_and_wait(orders, number, key=number)
+        transformer = examples("transform")["invoices"](kafka.bootstrap_servers, orders, invoices)
+        running = asyncio.create_task(transformer.run())
+        async with asyncio.timeout(60):
+            read = [(await reader.getone()).value for _ in range(2)]
+        transformer.stop()
+        await running
+    assert read == [b"invoice for 1", b"invoice for 2"]
 
 
 async def test_each_mail_is_sent_once() -> None:
