@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 AT_ONCE := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test matrix bench quick check format lock clean
+.PHONY: help demo setup test matrix bench semantics quick check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -43,6 +43,9 @@ matrix: setup ## The tests on each version of PostgreSQL, Kafka and Python that 
 
 bench: setup ## Measure it beside what else could be taken; an hour, or three minutes with QUICK=1; RESUME=1 goes on
 	$(BIN)/python -m bench run $(if $(QUICK),--quick) $(if $(RESUME),--resume)
+
+semantics: setup ## Count what is lost and repeated, by delivery mode and fault; five minutes; writes docs/semantics.md
+	$(BIN)/python -m tests.semantics --document
 
 quick: setup ## Lint, format, types, import contract, unit tests; for every commit
 	$(BIN)/ruff check
