@@ -82,5 +82,9 @@ class ServerError(OutboxRelayError):
     """A local server for the demo or the tests could not be started."""
 
 
+class DemoError(OutboxRelayError):
+    """The demo could not be carried to its end, so it shows nothing."""
+
+
 class CheckError(OutboxRelayError):
     """A check could not be carried out to its end, so it says nothing about the data."""

@@ -23,6 +23,7 @@ from tests.processes import family_of, is_alive
 from tests.waiting import eventually
 
 SECONDS = 90.0
+UNHARMED = "Nothing was lost, invented or out of order, and each order was charged once"
 
 #: A relay that is broken in the way that BROKEN names: it wraps the real publisher, in the relay's process alone.
 BROKEN_RELAY = """
@@ -50,6 +51,21 @@ if "run" in sys.orig_argv:
         return outcomes
 
     KafkaPublisher.publish = {"lost": loses, "out_of_order": reorders, "invented": invents}[os.environ["BROKEN"]]
+"""
+
+#: A payment service that takes every message for a new one, as without the inbox.
+FORGETFUL_PAYMENTS = """
+import sys
+if "outbox_relay.demo_payments" in sys.orig_argv:
+    from outbox_relay.inbox.postgres import Inbox
+
+    async def accept(self, connection, message):
+        return True
+
+    async def accept_batch(self, connection, messages):
+        return list(messages)
+
+    Inbox.accept, Inbox.accept_batch = accept, accept_batch
 """
 
 
@@ -130,10 +146,10 @@ async def test_the_whole_story_on_servers_of_its_own(own_servers: None, kafka: K
     numbers = json.loads(lines[-1])
     assert list(numbers) == [
         *("committed", "rolled_back", "published_at_kill", "published"),
-        *("lost", "invented", "duplicates", "out_of_order", "seconds"),
+        *("lost", "invented", "duplicates", "out_of_order", "charged", "seconds"),
     ]
     assert numbers["committed"] + numbers["rolled_back"] == 1000
-    assert numbers["committed"] == numbers["published"]
+    assert numbers["committed"] == numbers["published"] == numbers["charged"]
     assert numbers["rolled_back"] >= 50
     assert 100 <= numbers["published_at_kill"] <= 900
     assert (numbers["lost"], numbers["invented"], numbers["out_of_order"]) == (0, 0, 0)
@@ -141,6 +157,9 @@ async def test_the_whole_story_on_servers_of_its_own(own_servers: None, kafka: K
     killed = re.search(r"relay killed \(kill -9\): (\d+) rows acknowledged, (\d+) orders placed", started.said)
     assert killed is not None
     assert int(killed[2]) < 1000
+    repeats = re.search(r"(\d+) of the topic's records are sent again", started.said)
+    assert repeats is not None
+    assert 90 <= int(repeats[1]) <= 110
     assert len(family) > 5  # the demo, and a guard and a process at least for PostgreSQL and Kafka
     await eventually(lambda: not any(map(is_alive, family)), "the end of all that it started", SECONDS)
 
@@ -152,7 +171,7 @@ async def test_servers_that_are_named_are_used_and_left_as_they_were(
         assert started.end() == 0
     assert "using PostgreSQL of DATABASE_URL" in started.said
     assert "using Kafka of KAFKA_BOOTSTRAP_SERVERS" in started.said
-    assert started.said.splitlines()[-1] == "Nothing was lost, invented or out of order."
+    assert started.said.splitlines()[-1] == UNHARMED + "."
     assert await left_behind(postgres, kafka) == []
 
 
@@ -166,15 +185,25 @@ async def test_damage_is_found_and_the_exit_code_says_so(damage: str, named_serv
     assert "The relay did damage" in started.said
 
 
+async def test_orders_that_are_charged_twice_are_found(named_servers: None, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FORGETFUL_PAYMENTS)
+    with demo("--json", PYTHONPATH=str(tmp_path)) as started:
+        assert started.end() == 1
+    numbers = json.loads(started.said.splitlines()[-1])
+    assert numbers["charged"] > numbers["committed"] == numbers["published"]
+    assert "Not each order was charged once" in started.said
+    assert "The relay did damage" not in started.said
+
+
 async def test_where_maven_cannot_be_reached_the_mock_plays_kafka(own_servers: None, fake_tools: Path) -> None:
     with demo() as started:
         assert started.end() == 0
     mock = [line for line in started.said.splitlines() if "using librdkafka's mock instead of Apache Kafka" in line]
     assert len(mock) == 1
-    assert started.said.splitlines()[-1].startswith("Nothing was lost, invented or out of order (on a mock of Kafka")
+    assert started.said.splitlines()[-1].startswith(f"{UNHARMED} (on a mock of Kafka")
 
 
-@pytest.mark.parametrize("when", ["starting", "relay started"])
+@pytest.mark.parametrize("when", ["starting", "relay started", "sent again"])
 async def test_ctrl_c_ends_everything(when: str, own_servers: None, kafka: Kafka) -> None:
     with demo() as started:
         started.until(when)
