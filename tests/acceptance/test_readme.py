@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,10 +19,12 @@ from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
 from outbox_relay import config, outbox, topic_reader
+from outbox_relay.inbox import schema as inbox_schema
 from outbox_relay.outbox import Message
 from outbox_relay.servers import Kafka
 from tests.acceptance.relays import relay_process
 from tests.conftest import Database
+from tests.waiting import eventually
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()
@@ -33,7 +38,7 @@ def example(name: str) -> str:
 
 
 def test_every_example_marked_as_tested_is_tested_here() -> None:
-    assert set(re.findall(r"<!-- tested: (\w+) -->", README)) == {"fastapi", "sync", "sql", "config"}
+    assert set(re.findall(r"<!-- tested: (\w+) -->", README)) == {"fastapi", "sync", "sql", "config", "payments"}
 
 
 def test_every_file_that_the_readme_links_to_exists() -> None:
@@ -68,9 +73,10 @@ async def test_the_order_service_and_the_sql_reach_kafka_in_order(
     monkeypatch.setenv("DATABASE_URL", outbox_database.url)
     monkeypatch.setitem(sys.modules, "order_service", service)  # where FastAPI looks annotations up
     exec(example("fastapi").replace('Message("orders"', f'Message("{topic}"'), service.__dict__)
-    async with service.engine.begin() as connection:
-        await connection.run_sync(service.Base.metadata.create_all)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(service.app), base_url="http://orders") as client:
+    async with (
+        service.lifespan(service.app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(service.app), base_url="http://orders") as client,
+    ):
         placed = await client.post("/orders/ada")
         placed.raise_for_status()
         order_id = placed.json()
@@ -104,3 +110,56 @@ async def test_the_order_service_and_the_sql_reach_kafka_in_order(
         b"42": [(b"OrderPlaced", b'{"id": 42}')],
     }
     assert [dict(r.headers).get("tenant") for r in records if r.key == b"42"] == [b"north"]
+
+
+@pytest.mark.parametrize(
+    ("instead", "charges"),
+    [
+        pytest.param('Inbox("payments")', 3, id="as it is there"),
+        pytest.param("Inbox(group)", 5, id="broken"),
+    ],
+)
+async def test_the_payment_service_charges_each_order_once_though_all_come_again(
+    outbox_database: Database, kafka: Kafka, tmp_path: Path, instead: str, charges: int
+) -> None:
+    topic = f"orders-{uuid4().hex}"
+    await kafka.create_topic(topic, 1)  # in one partition, so that what comes again comes before what is new
+    connection = await outbox_database.connect()
+    await inbox_schema.apply(connection)
+    script = tmp_path / "payments.py"
+    code = example("payments").replace('@consumer.handler("orders"', f'@consumer.handler("{topic}"')
+    assert code.count('Inbox("payments")') == 1
+    script.write_text(code.replace('Inbox("payments")', instead))
+
+    async def place(*numbers: int) -> None:
+        for number in numbers:
+            placed = Message(topic, {"id": number, "customer": "ada"}, key=str(number), type="OrderPlaced")
+            paid = Message(topic, {"id": number}, key=str(number), type="OrderPaid")
+            async with connection.transaction():
+                await outbox.add_async(connection, placed, paid)
+        with relay_process(outbox_database.url, kafka.bootstrap_servers, "--once") as relay:
+            assert await relay.exit_code() == 0
+
+    async def consume(group: str, last: int) -> str:
+        """As somebody who presses Ctrl-C when it has charged the last; what they see."""
+        with subprocess.Popen(  # noqa: ASYNC220
+            [sys.executable, str(script), group],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "DATABASE_URL": outbox_database.url, "KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap_servers},
+        ) as process:
+            try:
+                charged = f"SELECT EXISTS (SELECT FROM charge WHERE order_id = {last})"
+                await eventually(lambda: connection.fetchval(charged), "the last is charged")
+                process.send_signal(signal.SIGINT)
+                said, _ = await asyncio.to_thread(process.communicate, timeout=90)
+            finally:
+                process.kill()
+        assert process.returncode == 0
+        return said
+
+    await connection.execute("CREATE TABLE charge (order_id bigint, customer text)")
+    await place(1, 2)
+    assert (await consume(f"{topic}-1", last=2)).endswith("charges: 2, orders: 2\n")
+    await place(3)
+    assert (await consume(f"{topic}-2", last=3)).endswith(f"charges: {charges}, orders: 3\n")
