@@ -81,6 +81,9 @@ class Killer:
         relay.start()
 
     async def _waits(self, relay: RelayProcess) -> bool:
+        # In a transaction pg_stat_activity shows the sessions that there were when it was read first, and the relay
+        # may open another lane for what it waits for.
+        await self.connection.execute("SELECT pg_stat_clear_snapshot()")
         waiting = await self.connection.fetchval(
             "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE $1 AND wait_event_type = 'Lock'",
             f"outbox-relay {relay.name} lane%",
