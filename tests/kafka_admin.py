@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from confluent_kafka import TopicPartition
 from confluent_kafka.admin import (
     AclBinding,
     AclBindingFilter,
@@ -49,6 +50,11 @@ class Admin:
         ]
         resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=entries)
         await self._done(self._client.incremental_alter_configs([resource])[resource])
+
+    async def delete_records(self, topic: str, partition: int, before: int) -> None:
+        """As retention does: the partition begins at that offset."""
+        place = TopicPartition(topic, partition, before)
+        await self._done(self._client.delete_records([place])[place])
 
     async def grow(self, topic: str, partitions: int) -> None:
         await self._done(self._client.create_partitions([NewPartitions(topic, partitions)])[topic])

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
+from itertools import islice
 from typing import Generic, TypeVar
 
 M = TypeVar("M")
 
 
 class KeyQueues(Generic[M]):
-    """Of one partition. A message without a key waits for none and none waits for it."""
+    """Of one partition. A message without a key waits for none and none waits for it.
 
-    def __init__(self, handle: Callable[[M], Awaitable[None]]) -> None:
-        self._handle = handle
+    ``handle`` gets up to ``most_at_once`` messages of a key that wait, in their order.
+    """
+
+    def __init__(self, handle: Callable[[list[M]], Awaitable[None]], *, most_at_once: int = 1) -> None:
+        self._handle, self._most_at_once = handle, most_at_once
         self._waiting: dict[Hashable, deque[M]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -34,12 +38,17 @@ class KeyQueues(Generic[M]):
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            self.defect = task.exception()
+        if not task.cancelled():
+            self.defect = self.defect or task.exception()
+        elif not self._closing:
+            self.defect = RuntimeError("a handler's task was cancelled, and not by the consumer")
 
     async def _run(self, key: Hashable | None, queue: deque[M]) -> None:
         while queue and not self._closing:
-            await self._handle(queue.popleft())
+            messages = list(islice(queue, self._most_at_once))
+            for _ in messages:
+                queue.popleft()
+            await self._handle(messages)
         self._waiting.pop(key, None)
 
     async def close(self, grace_seconds: float) -> None:

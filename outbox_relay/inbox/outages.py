@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncpg
+import sqlalchemy.exc
 
 _OUTAGES = (
     OSError,  # nobody answers; TimeoutError and redis-py's ConnectionError apart, all are
@@ -13,6 +14,7 @@ _OUTAGES = (
     asyncpg.InsufficientResourcesError,
     asyncpg.TransactionRollbackError,  # a deadlock, or a serialization failure
     asyncpg.ReadOnlySQLTransactionError,  # a former primary
+    sqlalchemy.exc.TimeoutError,  # all connections of the pool are in use
 )
 
 

@@ -13,6 +13,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._finished: OrderedDict[int, bool] = OrderedDict()
+        self._first: int | None = None
         self._last = -1
         self._committable: int | None = None
         self._committed: int | None = None
@@ -21,6 +22,15 @@ class Progress:
     def unfinished(self) -> int:
         """How many were begun and aren't part of the finished prefix: what is kept in memory."""
         return len(self._finished)
+
+    @property
+    def next_offset(self) -> int | None:
+        """That of the first message that isn't finished, where it is known."""
+        return next(iter(self._finished), self._last + 1 if self._last >= 0 else self._first)
+
+    def begin_at(self, offset: int) -> None:
+        """It is what is fetched first."""
+        self._first = offset
 
     def begin(self, offset: int) -> None:
         """A message was received. Raises ValueError where it isn't above the one before."""

@@ -16,18 +16,19 @@ one it is tried for ever, and is never passed over. While PostgreSQL or Redis is
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import inspect
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.errors import KafkaError, OffsetOutOfRangeError
 
-from outbox_relay.errors import MissingMessageIdError, OutboxRelayError
+from outbox_relay.errors import OffsetGoneError
 from outbox_relay.inbox.closing import Closing
-from outbox_relay.inbox.ids import header
+from outbox_relay.inbox.handling import Handler, Handling, PermanentError, Tries
 from outbox_relay.inbox.keys import KeyQueues
-from outbox_relay.inbox.letters import letter
-from outbox_relay.inbox.outages import is_outage
+from outbox_relay.inbox.letters import DeadLetterTopic
 from outbox_relay.inbox.postgres import Inbox
 from outbox_relay.inbox.progress import Progress
 from outbox_relay.inbox.telemetry import Telemetry
@@ -37,23 +38,24 @@ from outbox_relay.retry import Backoff
 if TYPE_CHECKING:
     from outbox_relay.inbox.redis import RedisInbox
 
-Handler: TypeAlias = Callable[..., Awaitable[object]]
+__all__ = ["Consumer", "Handler", "PermanentError"]
 
-
-class PermanentError(OutboxRelayError):
-    """Raised by a handler: trying again is of no use."""
-
+T = TypeVar("T")
 
 _POLL_MS = 100
-_BURY_SECONDS = 30.0
+_COMMIT_SECONDS = 10.0
+_CLOSE_SECONDS = 10.0
 
 
 class _Partition:
+    """From its assignment to its revocation."""
+
     def __init__(self, queues: KeyQueues[Any]) -> None:
         self.progress = Progress()
         self.queues = queues
         self.is_paused = False
-        self.is_closing = Closing()
+        self.closing = Closing()
+        self.beginning: asyncio.Task[None] | None = None
 
 
 class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -63,11 +65,18 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     second argument, and commits it when they return; or a ``RedisInbox``; or None, and handlers see repeats.
 
     A message is tried ``max_attempts`` times, with pauses by ``backoff``, or once if the handler raises
-    :class:`PermanentError`; an outage isn't counted (see ``outages.py``). ``at_once`` handlers run at a time. A
-    partition that is taken away waits ``grace_seconds`` for those that run; what they have not committed then is rolled
-    back, and the next owner's.
+    :class:`PermanentError`; what failed before the handler was called isn't counted, nor is an outage (see
+    ``outages.py``). ``at_once`` handlers run at a time. A partition that is taken away waits ``grace_seconds`` for
+    those that run; what they have not committed then is rolled back, and the next owner's.
 
-    ``settings`` are further arguments of aiokafka's clients, as ``security_protocol``.
+    With a ``batch_size`` above 1, in PostgreSQL only, as many messages of a partition as wait, but no more than that,
+    are handled one after another in one transaction, which is committed once. If that raises they are handled one by
+    one. Keys of a partition then wait for each other.
+
+    ``settings`` are further arguments of aiokafka's clients, as ``security_protocol``; ``consumer_settings``, such as
+    ``group_instance_id``, and ``producer_settings``, of dead letters, those of one of them.
+
+    Raises ValueError for what can't be together, and TypeError for a setting that aiokafka doesn't know.
     """
 
     def __init__(
@@ -81,24 +90,53 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         max_attempts: int = 5,
         backoff: Backoff | None = None,
         at_once: int = 16,
+        batch_size: int = 1,
         most_waiting: int = 500,
         grace_seconds: float = 10.0,
         settings: Mapping[str, Any] | None = None,
+        consumer_settings: Mapping[str, Any] | None = None,
+        producer_settings: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(inbox, Inbox) != (transaction is not None):
             raise ValueError("an Inbox in PostgreSQL needs a transaction=…, and nothing else takes one")
+        if batch_size > 1 and not isinstance(inbox, Inbox):
+            raise ValueError("a batch_size above 1 needs an Inbox in PostgreSQL, whose transaction can take all back")
+        if min(max_attempts, at_once, batch_size, most_waiting) < 1:
+            raise ValueError("max_attempts, at_once, batch_size and most_waiting are 1 or more")
         servers = bootstrap_servers if isinstance(bootstrap_servers, str) else list(bootstrap_servers)
-        self._settings = {**(settings or {}), "bootstrap_servers": servers}
+        common = {**(settings or {}), "bootstrap_servers": servers}
+        self._consumer_settings = {
+            "isolation_level": "read_committed",
+            # What a revoked partition may take, so that a member that finishes its work isn't expelled for it.
+            "rebalance_timeout_ms": round(1000 * (2 * grace_seconds + _COMMIT_SECONDS + 10)),
+            **common,
+            **(consumer_settings or {}),
+            "group_id": group,
+            "enable_auto_commit": False,
+            # Where Kafka doesn't have an offset, going on from another would pass over messages: see _begin().
+            "auto_offset_reset": "none",
+        }
+        inspect.signature(AIOKafkaConsumer).bind(**self._consumer_settings)
         self._group = group
-        self._inbox, self._transaction = inbox, transaction
-        self._dead_letter_topic = dead_letter_topic
-        self._max_attempts, self._backoff = max_attempts, backoff or Backoff(0.1, 30.0)
-        self._at_once = asyncio.Semaphore(at_once)
         self._most_waiting, self._grace_seconds = most_waiting, grace_seconds
+        self._batch_size = batch_size
+        self._backoff = backoff or Backoff(0.1, 30.0)
+        self._at_once = asyncio.Semaphore(at_once)
         self._handlers: dict[tuple[str, str | None], Handler] = {}
         self._partitions: dict[TopicPartition, _Partition] = {}
         self._stopping = asyncio.Event()
         self._telemetry = Telemetry(group=group)
+        self._handling = Handling(
+            inbox,
+            transaction,
+            self._handlers,
+            max_attempts=max_attempts,
+            backoff=self._backoff,
+            dead_letters=DeadLetterTopic(dead_letter_topic, {**common, **(producer_settings or {})})
+            if dead_letter_topic is not None
+            else None,
+            telemetry=self._telemetry,
+        )
         self._kafka: Any = None
 
     def handler(self, topic: str, *, type: str | None = None) -> Callable[[Handler], Handler]:
@@ -116,36 +154,72 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._stopping.set()
 
     async def run(self) -> None:
-        """Until :meth:`stop`, or an error of Kafka's client that isn't about offsets, such as one to connect.
+        """Until :meth:`stop`, or an error of Kafka's client that doesn't pass, as that the group may not be read.
 
-        Raises ValueError where no handler is registered.
+        Raises ValueError where no handler is registered, and OffsetGoneError where Kafka no longer has the messages
+        that are next.
         """
         if not self._handlers:
             raise ValueError("nothing to consume: register a handler before run()")
-        self._kafka = AIOKafkaConsumer(
-            **self._settings, group_id=self._group, enable_auto_commit=False, auto_offset_reset="earliest"
-        )
+        self._kafka = AIOKafkaConsumer(**self._consumer_settings)
         self._kafka.subscribe(sorted({topic for topic, _ in self._handlers}), listener=self)
         try:
-            await self._kafka.start()
+            # It returns when the group has shared out its partitions, which may take as long as another member does.
+            await self._unless_stopped(self._kafka.start())
             while not self._stopping.is_set():
-                received = await self._kafka.getmany(timeout_ms=_POLL_MS, max_records=self._most_waiting)
-                # No await until all are begun: a partition taken away meanwhile is no longer among ours.
-                for partition, messages in received.items():
-                    if (state := self._partitions.get(partition)) is not None:
-                        for message in messages:
-                            state.progress.begin(message.offset)
-                            state.queues.add(message.key, message)
-                for state in self._partitions.values():
-                    if state.queues.defect is not None:
-                        raise state.queues.defect
+                await self._receive()
+                self._raise_defects()
                 self._pause()
                 await self._commit(list(self._partitions))
+                self._telemetry.say_progress(self._lag)
         finally:
             try:
                 await self.on_partitions_revoked(list(self._partitions))
             finally:
-                await self._kafka.stop()
+                await self._close()
+
+    async def _unless_stopped(self, coming: Awaitable[T]) -> T | None:
+        """What comes, or None where it is to stop before."""
+        task = asyncio.ensure_future(coming)
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            task.cancel()
+            stopping.cancel()
+            await asyncio.gather(task, stopping, return_exceptions=True)
+
+    async def _receive(self) -> None:
+        try:
+            received = await self._unless_stopped(
+                self._kafka.getmany(timeout_ms=_POLL_MS, max_records=self._most_waiting)
+            )
+        except OffsetOutOfRangeError as error:
+            partitions = error.args[0] if error.args and isinstance(error.args[0], Mapping) else {}
+            where = ", ".join(f"{each.topic}-{each.partition} {offset}" for each, offset in partitions.items())
+            raise self._gone(where or str(error)) from error
+        # No await until all are begun: a partition taken away meanwhile is no longer among ours.
+        for partition, messages in (received or {}).items():
+            if (state := self._partitions.get(partition)) is not None:
+                for message in messages:
+                    state.progress.begin(message.offset)
+                    # A batch is a transaction, so keys can't be handled beside each other in it.
+                    state.queues.add(message.key if self._batch_size == 1 else "", message)
+
+    def _gone(self, where: str) -> OffsetGoneError:
+        return OffsetGoneError(
+            f"Kafka no longer has the messages at which group {self._group!r} is to go on ({where}): the topic keeps"
+            " them for too short a time, or was made anew. Nothing is passed over. To go on with what is there, set the"
+            " group's offsets, as with kafka-consumer-groups --reset-offsets"
+        )
+
+    def _raise_defects(self) -> None:
+        for state in self._partitions.values():
+            if state.queues.defect is not None:
+                raise state.queues.defect
+            if state.beginning is not None and state.beginning.done() and not state.beginning.cancelled():
+                state.beginning.result()
 
     def _pause(self) -> None:
         for partition, state in self._partitions.items():
@@ -158,6 +232,13 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 self._telemetry.partition_resumed(partition.topic, partition.partition)
             state.is_paused = is_full
 
+    def _lag(self) -> int:
+        """How many offsets Kafka has, as far as it has said, beyond what is finished of our partitions."""
+        return sum(
+            max(0, (self._kafka.highwater(partition) or 0) - (state.progress.next_offset or 0))
+            for partition, state in self._partitions.items()
+        )
+
     async def _commit(self, partitions: Collection[TopicPartition]) -> None:
         offsets = {}
         for partition in partitions:
@@ -167,8 +248,9 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         if not offsets:
             return
         try:
-            await self._kafka.commit(offsets)
-        except KafkaError as error:
+            async with asyncio.timeout(_COMMIT_SECONDS):
+                await self._kafka.commit(offsets)
+        except (KafkaError, TimeoutError) as error:
             # Tried again next time; or the partition is another's by now, who gets these messages again.
             self._telemetry.offsets_uncommitted(error)
             return
@@ -176,97 +258,89 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             if (state := self._partitions.get(partition)) is not None:
                 state.progress.committed(offset)
 
+    async def _close(self) -> None:
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._kafka.stop()
+        except TimeoutError:
+            self._telemetry.consumer_not_closed(_CLOSE_SECONDS)
+            # What it didn't come to any more; a second stop() does nothing.
+            for part in (self._kafka._fetcher, self._kafka._client):
+                if part is not None:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_CLOSE_SECONDS):
+                            await part.close()
+
+    # -- partitions come and go
+
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         for partition in assigned:
-            self._partitions[partition] = _Partition(KeyQueues(self._finish))
+            # With a position nobody else asks for one; and nothing is fetched there.
+            self._kafka.pause(partition)
+            self._kafka.seek(partition, 0)
+            queues = KeyQueues(self._finish, most_at_once=self._batch_size)
+            self._partitions[partition] = state = _Partition(queues)
+            state.beginning = asyncio.create_task(self._begin(partition, state))
             self._telemetry.partition_assigned(partition.topic, partition.partition)
+
+    async def _begin(self, partition: TopicPartition, state: _Partition) -> None:
+        """Have it fetched from what the group has committed, or all of it. Raises OffsetGoneError."""
+        failures = 0
+        while True:
+            try:
+                async with asyncio.timeout(_COMMIT_SECONDS):
+                    committed = await self._kafka.committed(partition)
+                    first = (await self._kafka.beginning_offsets([partition]))[partition]
+                break
+            except (KafkaError, TimeoutError) as error:
+                failures += 1
+                self._telemetry.offset_unread(partition.topic, partition.partition, error)
+                if not await state.closing.rest(self._backoff.delay_seconds(failures)):
+                    return
+        if committed is not None and committed < first:
+            raise self._gone(f"{partition.topic}-{partition.partition} {committed}, the first is {first}")
+        if not state.closing.is_set():
+            self._kafka.seek(partition, first if committed is None else committed)
+            state.progress.begin_at(first if committed is None else committed)
+            self._kafka.resume(partition)
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """Nothing of them is in work once this returns; what was finished is committed."""
         ours = [partition for partition in revoked if partition in self._partitions]
         for partition in ours:
-            self._partitions[partition].is_closing.set()
+            state = self._partitions[partition]
+            state.closing.set()
+            if state.beginning is not None:
+                state.beginning.cancel()
         await asyncio.gather(*(self._partitions[each].queues.close(self._grace_seconds) for each in ours))
         await self._commit(ours)
         for partition in ours:
             # A rebalance and the end of run() may come together.
-            if (state := self._partitions.pop(partition, None)) is not None:
-                self._telemetry.partition_revoked(partition.topic, partition.partition, state.progress.unfinished)
+            if (state_left := self._partitions.pop(partition, None)) is not None:
+                self._telemetry.partition_revoked(partition.topic, partition.partition, state_left.progress.unfinished)
 
-    async def _finish(self, message: Any) -> None:
-        """Handle it, or see it buried, and count it as finished; or not, if its partition is taken away before."""
-        state = self._partitions[TopicPartition(message.topic, message.partition)]
-        failures = attempts = 0
-        while True:
-            try:
+    async def _finish(self, messages: list[Any]) -> None:
+        """Handle them, or see them buried, and count them as finished; or not, if the partition is taken away."""
+        state = self._partitions[TopicPartition(messages[0].topic, messages[0].partition)]
+        if len(messages) > 1:
+            async with self._at_once:
+                if state.closing.is_set():
+                    return
+                is_handled = await self._handling.handle_batch(messages)
+            if is_handled:
+                for message in messages:
+                    state.progress.finish(message.offset)
+                return
+        for message in messages:
+            tries = Tries()
+            while True:
                 # Not held while it waits for another try, so that no number of failing keys holds up the others.
                 async with self._at_once:
-                    if state.is_closing.is_set():
+                    if state.closing.is_set():
                         return
-                    pause_seconds = await self._handle(message)
+                    pause_seconds = await self._handling.handle(message, tries, state.closing)
                 if pause_seconds is None:
                     break
-            except Exception as error:
-                failures += 1
-                attempts += not is_outage(error)
-                is_final = isinstance(error, PermanentError | MissingMessageIdError) or attempts >= self._max_attempts
-                if is_final and self._dead_letter_topic is not None:
-                    if not await self._bury(state, message, error, attempts):
-                        return
-                    break
-                pause_seconds = self._backoff.delay_seconds(failures)
-                self._telemetry.message_failed(message, error, attempts, pause_seconds)
-            if not await state.is_closing.rest(pause_seconds):
-                return
-        state.progress.finish(message.offset)
-
-    async def _handle(self, message: Any) -> float | None:
-        """Handled, or skipped as a repeat; otherwise when to ask whether another still holds it."""
-        type_ = (header(message, "type") or b"").decode("utf-8", "replace") or None
-        handler = self._handlers.get((message.topic, type_)) or self._handlers.get((message.topic, None))
-        if handler is None:
-            raise PermanentError(f"no handler for messages of type {type_!r} of topic {message.topic!r}")
-        if isinstance(self._inbox, Inbox):
-            assert self._transaction is not None
-            async with self._transaction() as connection:
-                if await self._inbox.accept(connection, message):
-                    await handler(message, connection)
-        elif self._inbox is not None:
-            from outbox_relay.inbox.redis import Busy, Claimed  # of an extra
-
-            claim = await self._inbox.claim(message)
-            if isinstance(claim, Busy):
-                # Not for all of its lease: its holder may fail before, and let go.
-                return min(claim.lease_seconds, self._backoff.ceiling_seconds)
-            if isinstance(claim, Claimed):
-                try:
-                    await handler(message)
-                except BaseException:
-                    await self._inbox.release(claim)
-                    raise
-                await self._inbox.done(claim)
-        else:
-            await handler(message)
-        return None
-
-    async def _bury(self, state: _Partition, message: Any, error: Exception, attempts: int) -> bool:
-        """Write it to the dead-letter topic, however often that fails; False if its partition is taken away before."""
-        assert self._dead_letter_topic is not None
-        dead = letter(message, error, attempts)
-        tries = 0
-        while not state.is_closing.is_set():
-            try:
-                # A producer for each letter: one that has failed is in doubt.
-                async with (
-                    asyncio.timeout(_BURY_SECONDS),
-                    AIOKafkaProducer(**self._settings, enable_idempotence=True) as producer,
-                ):
-                    await producer.send_and_wait(self._dead_letter_topic, dead.value, dead.key, headers=dead.headers)
-            except Exception as failure:  # whatever it was, the message isn't passed over
-                tries += 1
-                self._telemetry.message_unburied(message, failure, self._dead_letter_topic)
-                await state.is_closing.rest(self._backoff.delay_seconds(tries))
-            else:
-                self._telemetry.message_dead(message, error, attempts, self._dead_letter_topic)
-                return True
-        return False
+                if not await state.closing.rest(pause_seconds):
+                    return
+            state.progress.finish(message.offset)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
+
+_PROGRESS_SECONDS = 10.0
 
 
 class Telemetry:
@@ -12,6 +16,30 @@ class Telemetry:
 
     def __init__(self, **context: Any) -> None:
         self._log = structlog.get_logger("outbox_relay.inbox").bind(**context)
+        self._handled = self._repeated = self._failed = self._dead = 0
+        self._said_at = time.monotonic()
+
+    def handled(self, new: int, repeated: int) -> None:
+        self._handled += new
+        self._repeated += repeated
+
+    def say_progress(self, lag: Callable[[], int]) -> None:
+        """Now and then, and only where there was something."""
+        now = time.monotonic()
+        counts = self._handled, self._repeated, self._failed, self._dead
+        if now - self._said_at < _PROGRESS_SECONDS or not any(counts):
+            return
+        self._log.info(
+            "consumer.progress",
+            handled=self._handled,
+            repeated=self._repeated,
+            failed=self._failed,
+            dead=self._dead,
+            lag=lag(),
+            seconds=round(now - self._said_at, 3),
+        )
+        self._handled = self._repeated = self._failed = self._dead = 0
+        self._said_at = now
 
     def partition_assigned(self, topic: str, partition: int) -> None:
         self._log.info("partition.assigned", topic=topic, partition=partition)
@@ -26,6 +54,7 @@ class Telemetry:
         self._log.debug("partition.resumed", topic=topic, partition=partition)
 
     def message_failed(self, message: Any, error: Exception, attempts: int, retry_in_seconds: float) -> None:
+        self._failed += 1
         self._log.warning(
             "message.failed",
             topic=message.topic,
@@ -37,6 +66,7 @@ class Telemetry:
         )
 
     def message_dead(self, message: Any, error: Exception, attempts: int, dead_letter_topic: str) -> None:
+        self._dead += 1
         self._log.error(
             "message.dead",
             topic=message.topic,
@@ -56,6 +86,31 @@ class Telemetry:
             error=type(error).__name__,
             dead_letter_topic=dead_letter_topic,
         )
+
+    def message_unmarked(self, message: Any, error: Exception) -> None:
+        self._log.warning(
+            "message.unmarked",
+            topic=message.topic,
+            partition=message.partition,
+            offset=message.offset,
+            error=type(error).__name__,
+        )
+
+    def batch_failed(self, messages: Sequence[Any], error: Exception) -> None:
+        self._log.warning(
+            "batch.failed",
+            topic=messages[0].topic,
+            partition=messages[0].partition,
+            first_offset=messages[0].offset,
+            messages=len(messages),
+            error=type(error).__name__,
+        )
+
+    def consumer_not_closed(self, after_seconds: float) -> None:
+        self._log.warning("consumer.not_closed", after_seconds=after_seconds)
+
+    def offset_unread(self, topic: str, partition: int, error: Exception) -> None:
+        self._log.warning("offset.unread", topic=topic, partition=partition, error=type(error).__name__)
 
     def offsets_uncommitted(self, error: Exception) -> None:
         self._log.warning("offsets.uncommitted", error=type(error).__name__)

@@ -43,6 +43,14 @@ async def fetch(connection: Connection, statement: str, *arguments: Any) -> Sequ
     return rows
 
 
+async def require_unbroken(connection: Connection) -> None:
+    """Raises the driver's error where a statement has failed: PostgreSQL answers COMMIT with a rollback, and no error.
+
+    To be asked before COMMIT, in case whoever ran the statement has caught what it raised.
+    """
+    await fetch(connection, "SELECT 1")
+
+
 async def require(connection: Connection) -> None:
     """Raises NotInTransactionError where no transaction is open, and TypeError for what is no connection."""
     if isinstance(connection, async_scoped_session):

@@ -24,8 +24,6 @@ such zombie from committing.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -33,16 +31,16 @@ from typing import Any, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 
+from outbox_relay.inbox.abandoning import abandon
 from outbox_relay.inbox.closing import Closing
+from outbox_relay.inbox.handling import PermanentError
 from outbox_relay.inbox.letters import letter
 from outbox_relay.inbox.outages import is_outage
-from outbox_relay.inbox.runner import PermanentError
 from outbox_relay.inbox.stable_offsets import stable_offset
 from outbox_relay.inbox.telemetry import Telemetry
 from outbox_relay.retry import Backoff
 
 _POLL_MS = 100
-_ABANDON_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +209,7 @@ class Transformer(ConsumerRebalanceListener):  # type: ignore[misc]
             self._kafka.resume(partition)
             yield producer
         finally:
-            await _abandon(producer)
+            await abandon(producer)
 
     async def _start(self, producer: Any, partition: TopicPartition) -> int:
         await producer.start()
@@ -284,20 +282,3 @@ class Transformer(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _send_offset(self, producer: Any, partition: TopicPartition, offset: int) -> None:
         await producer.send_offsets_to_transaction({partition: offset}, self._group)
-
-
-async def _abandon(producer: Any) -> None:
-    """End it without sending what it has: its own ``stop`` flushes first, and without a broker never ends."""
-    producer._closed = True
-    sender = producer._sender.sender_task
-    ends = time.monotonic() + _ABANDON_SECONDS
-    # More than once, since it waits for its requests when it is cancelled.
-    while sender is not None and not sender.done() and time.monotonic() < ends:
-        sender.cancel()
-        await asyncio.wait({sender}, timeout=0.1)
-    with contextlib.suppress(Exception):
-        async with asyncio.timeout(_ABANDON_SECONDS):
-            await producer.client.close()
-    waiter = producer._txn_manager._transaction_waiter
-    if waiter is not None and waiter.done() and not waiter.cancelled():
-        waiter.exception()  # or asyncio says at length that nobody asked

@@ -50,9 +50,13 @@ class Payments(Consumer):
         await charge(connection, message)
         await self._done("charged", message.offset)
 
-    async def _handle(self, message: Any) -> float | None:
+    def _begin_one(self, message: Any) -> None:
         self._offset = message.offset
-        return await super()._handle(message)
+
+    async def _finish(self, messages: list[Any]) -> None:
+        (message,) = messages
+        self._begin_one(message)
+        await super()._finish(messages)
 
     async def _commit(self, partitions: Collection[TopicPartition]) -> None:
         await super()._commit(partitions)
@@ -69,9 +73,9 @@ class Payments(Consumer):
 class FinishedBeforeHandled(Payments):
     """Broken: offsets are committed before the database is."""
 
-    async def _handle(self, message: Any) -> float | None:
+    def _begin_one(self, message: Any) -> None:
+        super()._begin_one(message)
         self._partitions[TopicPartition(message.topic, message.partition)].progress.finish(message.offset)
-        return await super()._handle(message)
 
     async def _charge(self, message: Any, connection: asyncpg.Connection) -> None:
         if message.offset == self._at:

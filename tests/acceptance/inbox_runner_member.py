@@ -30,7 +30,7 @@ class Member(Consumer):
     def __init__(self, redis: Redis, servers: str, topic: str, group: str, wait_at: str = "") -> None:
         # Nobody waits for the lease to run out: a test sets it back.
         inbox = RedisInbox(redis, group, lease_seconds=3_600, keep_seconds=3_600)
-        super().__init__(servers, group, inbox=inbox, backoff=Backoff(0.01, 0.05), settings=SETTINGS)
+        super().__init__(servers, group, inbox=inbox, backoff=Backoff(0.01, 0.05), consumer_settings=SETTINGS)
         self.handler(topic)(self._affect)
         self._redis, self._wait_at = redis, wait_at
 

@@ -193,7 +193,7 @@ async def test_work_is_finished_and_committed_before_its_partition_is_anothers(k
     await begun.wait()
     second = asyncio.create_task(members[1].run())
     await eventually(
-        lambda: any(state.is_closing.is_set() for state in members[0]._partitions.values()), "partitions are revoked"
+        lambda: any(state.closing.is_set() for state in members[0]._partitions.values()), "partitions are revoked"
     )
     go_on.set()
     await eventually(lambda: all(len(member._partitions) == 1 for member in members), "each has one")

@@ -26,10 +26,14 @@ class Living(Member):
         super().__init__(*arguments)
         self.busy: Counter[int] = Counter()
 
-    async def _handle(self, message: Any) -> float | None:
-        pause_seconds = await super()._handle(message)
-        self.busy[message.offset] += pause_seconds is not None
-        return pause_seconds
+        handle = self._handling.handle
+
+        async def counting(message: Any, *arguments: Any) -> float | None:
+            pause_seconds = await handle(message, *arguments)
+            self.busy[message.offset] += pause_seconds is not None
+            return pause_seconds
+
+        self._handling.handle = counting  # type: ignore[method-assign, assignment]
 
 
 async def test_a_living_member_takes_over_from_one_that_was_killed(kafka: Kafka) -> None:
