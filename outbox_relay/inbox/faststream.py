@@ -32,7 +32,7 @@ from faststream.message import StreamMessage
 
 from outbox_relay.errors import OutboxRelayError
 from outbox_relay.inbox.postgres import Inbox
-from outbox_relay.inbox.transaction import Transaction
+from outbox_relay.inbox.transaction import Transaction, require_unbroken
 from outbox_relay.retry import Backoff
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ class _Handling(BaseMiddleware[Any, Any]):
                         result = await call_next(msg)
                 except AckMessage as error:
                     acknowledged = error
+                await require_unbroken(connection)
         # Not by returning None, which FastStream would publish as the answer.
         if acknowledged is not None:
             raise acknowledged

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError
 
-from outbox_relay.errors import OffsetGoneError
 from outbox_relay.inbox.closing import Closing
 from outbox_relay.inbox.handling import Handler, Handling, PermanentError, Tries
 from outbox_relay.inbox.keys import KeyQueues
 from outbox_relay.inbox.letters import DeadLetterTopic
+from outbox_relay.inbox.positions import out_of_range, position
 from outbox_relay.inbox.postgres import Inbox
 from outbox_relay.inbox.progress import Progress
 from outbox_relay.inbox.telemetry import Telemetry
@@ -196,9 +196,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 self._kafka.getmany(timeout_ms=_POLL_MS, max_records=self._most_waiting)
             )
         except OffsetOutOfRangeError as error:
-            partitions = error.args[0] if error.args and isinstance(error.args[0], Mapping) else {}
-            where = ", ".join(f"{each.topic}-{each.partition} {offset}" for each, offset in partitions.items())
-            raise self._gone(where or str(error)) from error
+            raise out_of_range(self._group, error) from error
         # No await until all are begun: a partition taken away meanwhile is no longer among ours.
         for partition, messages in (received or {}).items():
             if (state := self._partitions.get(partition)) is not None:
@@ -206,13 +204,6 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                     state.progress.begin(message.offset)
                     # A batch is a transaction, so keys can't be handled beside each other in it.
                     state.queues.add(message.key if self._batch_size == 1 else "", message)
-
-    def _gone(self, where: str) -> OffsetGoneError:
-        return OffsetGoneError(
-            f"Kafka no longer has the messages at which group {self._group!r} is to go on ({where}): the topic keeps"
-            " them for too short a time, or was made anew. Nothing is passed over. To go on with what is there, set the"
-            " group's offsets, as with kafka-consumer-groups --reset-offsets"
-        )
 
     def _raise_defects(self) -> None:
         for state in self._partitions.values():
@@ -290,18 +281,16 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             try:
                 async with asyncio.timeout(_COMMIT_SECONDS):
                     committed = await self._kafka.committed(partition)
-                    first = (await self._kafka.beginning_offsets([partition]))[partition]
+                    offset = await position(self._kafka, self._group, partition, committed)
                 break
             except (KafkaError, TimeoutError) as error:
                 failures += 1
                 self._telemetry.offset_unread(partition.topic, partition.partition, error)
                 if not await state.closing.rest(self._backoff.delay_seconds(failures)):
                     return
-        if committed is not None and committed < first:
-            raise self._gone(f"{partition.topic}-{partition.partition} {committed}, the first is {first}")
         if not state.closing.is_set():
-            self._kafka.seek(partition, first if committed is None else committed)
-            state.progress.begin_at(first if committed is None else committed)
+            self._kafka.seek(partition, offset)
+            state.progress.begin_at(offset)
             self._kafka.resume(partition)
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:

@@ -30,12 +30,15 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.errors import OffsetOutOfRangeError
 
+from outbox_relay.errors import OffsetGoneError
 from outbox_relay.inbox.abandoning import abandon
 from outbox_relay.inbox.closing import Closing
 from outbox_relay.inbox.handling import PermanentError
 from outbox_relay.inbox.letters import letter
 from outbox_relay.inbox.outages import is_outage
+from outbox_relay.inbox.positions import out_of_range, position
 from outbox_relay.inbox.stable_offsets import stable_offset
 from outbox_relay.inbox.telemetry import Telemetry
 from outbox_relay.retry import Backoff
@@ -132,12 +135,16 @@ class Transformer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._stopping.set()
 
     async def run(self) -> None:
-        """Until :meth:`stop`, or an error of the group's that doesn't pass, as that it may not be read."""
+        """Until :meth:`stop`, or an error of the group's that doesn't pass, as that it may not be read.
+
+        Raises OffsetGoneError where Kafka doesn't have the messages that are next.
+        """
         self._kafka = AIOKafkaConsumer(
             **self._consumer_settings,
             group_id=self._group,
             enable_auto_commit=False,
-            auto_offset_reset="earliest",
+            # Where Kafka doesn't have an offset, going on from another would pass over messages.
+            auto_offset_reset="none",
             isolation_level="read_committed",
         )
         self._kafka.subscribe(self._topics, listener=self)
@@ -147,6 +154,9 @@ class Transformer(ConsumerRebalanceListener):  # type: ignore[misc]
             with self._kafka._subscription.fetch_context():
                 while await self._stopping.rest(_POLL_MS / 1000):
                     self._kafka._coordinator.check_errors()
+                    for _, task in self._partitions.values():
+                        if task.done() and not task.cancelled():
+                            task.result()
         finally:
             try:
                 await self.on_partitions_revoked(list(self._partitions))
@@ -188,6 +198,10 @@ class Transformer(ConsumerRebalanceListener):  # type: ignore[misc]
                     while not closing.is_set():
                         if await self._carry(producer, partition, closing):
                             failures = 0
+            except OffsetGoneError:
+                raise
+            except OffsetOutOfRangeError as error:
+                raise out_of_range(self._group, error) from error
             except Exception as error:  # of whichever kind: what was in doubt is read from Kafka again
                 failures += 1
                 pause_seconds = self._backoff.delay_seconds(failures)
@@ -216,10 +230,8 @@ class Transformer(ConsumerRebalanceListener):  # type: ignore[misc]
         return await self._position(producer, partition)
 
     async def _position(self, producer: Any, partition: TopicPartition) -> int:
-        offset = await stable_offset(producer.client, self._group, partition)
-        if offset is None:
-            offset = (await self._kafka.beginning_offsets([partition]))[partition]
-        return offset
+        committed = await stable_offset(producer.client, self._group, partition)
+        return await position(self._kafka, self._group, partition, committed)
 
     async def _carry(self, producer: Any, partition: TopicPartition, closing: Closing) -> bool:
         """Transform what was received, and commit it; False if that was nothing, or not all.

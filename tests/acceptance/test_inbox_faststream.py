@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 from uuid import uuid4
 
@@ -14,6 +14,7 @@ from faststream.exceptions import AckMessage, RejectMessage
 from faststream.kafka import KafkaBroker, KafkaMessage
 from redis.asyncio import Redis
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from outbox_relay.inbox import message_id
@@ -220,3 +221,29 @@ async def test_messages_that_are_iterated_are_refused(kafka: Kafka, topic: str) 
             await broker.start()
             with pytest.raises(SubscriberError):
                 await subscriber.get_one(timeout=30)
+
+
+async def test_what_postgresql_rolls_back_without_an_error_comes_again(
+    database: Database, kafka: Kafka, topic: str
+) -> None:
+    await prepare(database)
+    await send(kafka, topic, *ids("m1"))
+    tries: list[str] = []
+
+    async def charge(message: KafkaMessage, session: Annotated[AsyncSession, Context("inbox_session")]) -> None:
+        tries.append(id_of(message))
+        await session.execute(text("INSERT INTO charge VALUES ('m1')"))
+        if len(tries) == 1:
+            with suppress(DBAPIError):
+                await session.execute(text("SELECT 1 / 0"))
+
+    async with engine_of(database.url) as engine:
+        middleware = InboxMiddleware(Inbox("payments"), transaction=async_sessionmaker(engine).begin, backoff=AT_ONCE)
+        async with running(kafka, topic, middleware, charge):
+
+            async def is_finished() -> bool:
+                return await committed(kafka, topic) == 1
+
+            await eventually(is_finished, "it is handled")
+    assert tries == ["m1", "m1"]
+    assert await charges_of(database) == {"m1": 1}

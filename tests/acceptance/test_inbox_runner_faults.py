@@ -171,7 +171,9 @@ async def test_the_broken_variant_that_does_not_look_loses_it(
 
 async def test_what_fails_before_the_handler_buries_nothing(database: Database, kafka: Kafka) -> None:
     topic, dead = await topic_with(kafka, ["m1"]), await topic_with(kafka, [])
+    await prepare(database)
     async with asyncpg.create_pool(database.url, min_size=1, max_size=4) as pool:
+        await pool.execute("ALTER TABLE inbox RENAME TO away")
         consumer = Consumer(
             kafka.bootstrap_servers,
             topic,
@@ -188,7 +190,7 @@ async def test_what_fails_before_the_handler_buries_nothing(database: Database, 
                     lambda: sum(line.get("error") == "UndefinedTableError" for line in logs) > 3,
                     "the inbox's table is missed",
                 )
-                await prepare(database)
+                await pool.execute("ALTER TABLE away RENAME TO inbox")
                 await until_committed(kafka, topic, 1)
     assert await charges_of(database) == {"m1": 1}
     assert {line["attempts"] for line in logs if line["event"] == "message.failed"} == {0}

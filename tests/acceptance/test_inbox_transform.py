@@ -17,11 +17,13 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import ProducerFenced
 
+from outbox_relay.errors import OffsetGoneError
 from outbox_relay.inbox.runner import PermanentError
 from outbox_relay.inbox.transform import Output, Transformer
 from outbox_relay.retry import Backoff
 from outbox_relay.servers import Kafka
 from tests.acceptance.inbox_transform_process import STEPS
+from tests.kafka_admin import Admin
 from tests.waiting import eventually
 
 KEYS = ("a", "b", "a", "b", "a", "b", "a")
@@ -384,3 +386,24 @@ async def test_each_output_is_there_once_although_partitions_change_hands(kafka:
     await asyncio.gather(first, second)
     expected = [str(offset) for offset in range(20)]
     assert await values_by_key(kafka, outputs) == {"0": expected, "1": expected}
+
+
+@pytest.mark.parametrize(("committed", "deleted"), [(1, 3), (9, 0)], ids=["deleted", "of a longer topic"])
+async def test_messages_that_kafka_does_not_have_are_an_error_and_not_passed_over(
+    kafka: Kafka, topic: str, outputs: str, committed: int, deleted: int
+) -> None:
+    partition = TopicPartition(topic, 0)
+    async with AIOKafkaConsumer(
+        bootstrap_servers=kafka.bootstrap_servers, group_id=topic, enable_auto_commit=False
+    ) as watcher:
+        watcher.assign([partition])
+        await watcher.commit({partition: committed})
+    if deleted:
+        await Admin(kafka.bootstrap_servers).delete_records(topic, 0, deleted)
+
+    async def transform(message: Any) -> list[Output]:
+        return [Output(outputs, b"", key=message.key)]
+
+    with pytest.raises(OffsetGoneError, match=f"{topic}-0 {committed}"):
+        await Transformer(kafka.bootstrap_servers, topic, topics=[topic], transform=transform).run()
+    assert await committed_in(kafka, outputs) == []
