@@ -48,7 +48,7 @@ class OffsetGoneError(OutboxRelayError):
 
 
 class PassedOverError(OutboxRelayError):
-    """A consumer goes on although the message before was rolled back, which would then never be handled."""
+    """A consumer goes on although a message before isn't handled, which would then never be."""
 
 
 class SchemaError(OutboxRelayError):

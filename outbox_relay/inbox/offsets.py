@@ -15,6 +15,9 @@ rolls back that. Kafka's own offsets are not used; whoever is given a partition 
 that the last owner has open, and reads what it committed; whoever owned it before is then refused by ``accept``. So
 after a rebalance nobody handles what another has handled, however late he learns of it.
 
+**Nothing is passed over.** What ``accept`` was asked about must be handled before what comes after it, also where it
+was refused, rolled back, or lost with its connection, and the partition has changed hands since.
+
 **What it doesn't tell** is what its producer sent twice: those are two offsets; :mod:`~outbox_relay.inbox.postgres`
 does. Nor that a topic was deleted and made again, once the new one is longer than what was handled of the old.
 
@@ -25,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from uuid import UUID, uuid4
 
@@ -50,7 +52,7 @@ RETURNING o.next_offset
 
 _LOCK = """\
 -- lock a partition
-SELECT owner, next_offset FROM {schema}inbox_offset
+SELECT owner, next_offset, CAST(pg_current_xact_id() AS text) FROM {schema}inbox_offset
 WHERE consumer = CAST($1 AS text) AND topic = CAST($2 AS text) AND partition = CAST($3 AS integer)
 FOR UPDATE
 """
@@ -63,16 +65,6 @@ RETURNING next_offset
 """
 
 
-@dataclass(slots=True)
-class _Held:
-    """A partition that was taken: the last accept began at ``first`` and moved the offset from ``base`` to ``next``."""
-
-    owner: UUID
-    base: int
-    first: int
-    next: int
-
-
 class Offsets:
     """How far one consumer has come. It remembers the partitions that it took: one for each Kafka consumer.
 
@@ -81,8 +73,11 @@ class Offsets:
 
     def __init__(self, consumer: str) -> None:
         self.consumer = checked_name(consumer)
-        self._held: dict[tuple[str, int], _Held] = {}
+        self._owners: dict[tuple[str, int], UUID] = {}
         self._refused: dict[tuple[str, int], Exception] = {}
+        # What accept was asked about, less what is known to be committed; and the transaction of the last accept.
+        self._asked: dict[tuple[str, int], set[int]] = {}
+        self._transactions: dict[tuple[str, int], str] = {}
 
     async def take(self, connection: Connection, topic: str, partition: int, *, beginning: int, end: int) -> int:
         """Own the partition once this transaction commits; the offset to go on from.
@@ -107,16 +102,16 @@ class Offsets:
                 f" {beginning} to {end}: {why}. Find out what is missing; then to go on, UPDATE inbox_offset SET"
                 f" next_offset = {beginning} for it, which handles all that is there"
             )
-        self._held[topic, partition] = _Held(owner, offset, offset, offset)
+        self._owners[topic, partition] = owner
         return offset
 
     def drop(self, topic: str, partition: int) -> None:
         """The partition is no longer this one's; what it has open may still be committed."""
-        self._held.pop((topic, partition), None)
+        self._owners.pop((topic, partition), None)
         self._refused.pop((topic, partition), None)
 
     def refuse(self, topic: str, partition: int, error: Exception) -> None:
-        """The partition couldn't be taken: each of its messages raises this."""
+        """The partition couldn't be taken: each of its messages raises that, until it is taken."""
         self.drop(topic, partition)
         self._refused[topic, partition] = error
 
@@ -124,8 +119,9 @@ class Offsets:
         """Whether the message is new: then it counts as handled once this transaction commits, and only then.
 
         ``connection`` is as for ``Inbox.accept``. Raises NotInTransactionError; PartitionLostError where another has
-        the partition, or nobody took it; PassedOverError where a message before this one was rolled back and is not
-        handled yet. After any of them the transaction is to be rolled back.
+        the partition, or it isn't taken here; OffsetGoneError as :meth:`take`; PassedOverError where this was asked
+        about a message before this one, which isn't handled yet. After any of them the transaction is to be rolled
+        back.
         """
         return bool(await self.accept_batch(connection, [message]))
 
@@ -137,34 +133,41 @@ class Offsets:
         topic, partition = messages[0].topic, messages[0].partition
         if any((message.topic, message.partition) != (topic, partition) for message in messages):
             raise ValueError("the messages of a batch must be of one partition: accept those of each by themselves")
-        if refused := self._refused.get((topic, partition)):
-            raise refused
-        held = self._held.get((topic, partition))
-        if held is None:
-            raise PartitionLostError(
-                f"{topic}, partition {partition}, isn't taken here: subscribe with a SeekOnAssignment as the listener"
-            )
+        # Before anything can fail: whatever becomes of this, they come before what is asked about next.
+        self._asked.setdefault((topic, partition), set()).update(message.offset for message in messages)
+        owner = self._owner(topic, partition)
         rows = await fetch(connection, _LOCK, self.consumer, topic, partition)
-        if not rows or UUID(str(rows[0][0])) != held.owner:
+        if not rows or UUID(str(rows[0][0])) != owner:
             raise PartitionLostError(
                 f"another {self.consumer!r} has taken {topic}, partition {partition}: roll back, it handles the message"
             )
         offset: int = rows[0][1]
+        ahead = {each for each in self._asked[topic, partition] if each >= offset}
+        # What this transaction itself has moved the offset past may be rolled back yet.
+        if self._transactions.get((topic, partition)) != rows[0][2]:
+            self._asked[topic, partition], self._transactions[topic, partition] = ahead, rows[0][2]
         new = [message for message in messages if message.offset >= offset]
         if not new:
             return []
-        # Where the last accept was rolled back, its message must come first again. Offsets have gaps, so that one can't
-        # tell from them alone.
-        is_again = offset == held.base and new[0].offset <= held.first
-        if new[0].offset != offset != held.next and not is_again:
+        # Offsets have gaps, so the row alone doesn't tell that a message is missing.
+        if (first := min(ahead)) < new[0].offset:
             raise PassedOverError(
-                f"the message at offset {new[0].offset} of {topic}, partition {partition}, comes after one that was"
-                f" rolled back: handle that first, or seek to {offset}, and take the partition again"
+                f"the message at offset {new[0].offset} of {topic}, partition {partition}, comes after {first}, which"
+                f" isn't handled: roll back, and handle that first, or seek to {offset}; where Kafka no longer has it,"
+                " start the consumer anew"
             )
-        after = new[-1].offset + 1
-        await fetch(connection, _MOVE, self.consumer, topic, partition, after)
-        held.base, held.first, held.next = offset, new[0].offset, after
+        await fetch(connection, _MOVE, self.consumer, topic, partition, new[-1].offset + 1)
         return new
+
+    def _owner(self, topic: str, partition: int) -> UUID:
+        if (owner := self._owners.get((topic, partition))) is not None:
+            return owner
+        # Made anew each time, or one error's traceback would grow.
+        kept = self._refused.get((topic, partition))
+        if isinstance(kept, OffsetGoneError):
+            raise OffsetGoneError(str(kept)) from kept
+        why = "isn't taken here" if kept is None else f"couldn't be taken, start the consumer anew: {kept!r}"
+        raise PartitionLostError(f"{topic}, partition {partition}, {why}") from kept
 
 
 class Partition(Protocol):

@@ -12,7 +12,12 @@ import asyncpg
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener
 
-from outbox_relay.errors import NotInTransactionError, OffsetGoneError, PartitionLostError, PassedOverError
+from outbox_relay.errors import (
+    NotInTransactionError,
+    OffsetGoneError,
+    PartitionLostError,
+    PassedOverError,
+)
 from outbox_relay.inbox import message_id
 from outbox_relay.inbox.offsets import Offsets, SeekOnAssignment
 from outbox_relay.servers import Kafka
@@ -45,8 +50,10 @@ async def topic(kafka: Kafka) -> str:
     return name
 
 
-async def take(connection: asyncpg.Connection, *, beginning: int = 0, end: int = 100) -> Offsets:
-    offsets = Offsets("payments")
+async def take(
+    connection: asyncpg.Connection, offsets: Offsets | None = None, *, beginning: int = 0, end: int = 100
+) -> Offsets:
+    offsets = offsets or Offsets("payments")
     async with connection.transaction():
         await offsets.take(connection, "orders", 3, beginning=beginning, end=end)
     return offsets
@@ -149,6 +156,60 @@ async def test_what_was_rolled_back_is_not_passed_over(inbox_database: Database)
             await accept(offsets, connection, 7)
     assert await accept(offsets, connection, 5, 6) == [5, 6]
     assert await accept(offsets, connection, 6) == []
+
+
+async def test_what_was_refused_is_not_passed_over_once_the_partition_is_back(inbox_database: Database) -> None:
+    """A batch was in hand while its partition went to another and came back; meanwhile that one handled its first."""
+    connection = await inbox_database.connect()
+    offsets = await take(connection)
+    assert await accept(offsets, connection, 6) == [6]
+    offsets.drop("orders", 3)
+    with pytest.raises(PartitionLostError, match="isn't taken here"):
+        await accept(offsets, connection, 7)
+    await take(connection, offsets)
+    with pytest.raises(PassedOverError, match="at offset 8 of orders, partition 3, comes after 7"):
+        await accept(offsets, connection, 8)
+    other = await take(connection)
+    for at in (7, 8, 9):
+        with pytest.raises(PartitionLostError, match="another"):
+            await accept(offsets, connection, at)
+    assert await accept(other, connection, 7) == [7]
+    await take(connection, offsets)
+    with pytest.raises(PassedOverError, match="comes after 8"):
+        await accept(offsets, connection, 9)
+    assert await accept(offsets, connection, 7, 8, 9, 11) == [8, 9, 11]
+
+
+async def test_several_accepts_of_one_transaction_are_not_passed_over(inbox_database: Database) -> None:
+    connection = await inbox_database.connect()
+    offsets = await take(connection)
+    for transaction in (connection.transaction(), connection.transaction()):
+        await transaction.start()
+        for at in (3, 4, 5):
+            savepoint = connection.transaction()
+            await savepoint.start()
+            assert await offsets.accept(connection, record(offset=at))
+            await (savepoint.rollback() if at == 5 else savepoint.commit())
+        with pytest.raises(PassedOverError, match="comes after 5"):
+            await offsets.accept(connection, record(offset=6))
+        await transaction.rollback()
+        with pytest.raises(PassedOverError, match="comes after 3"):
+            await accept(offsets, connection, 4)
+    assert await accept(offsets, connection, 3, 4) == [3, 4]
+
+
+async def test_what_was_asked_about_in_vain_is_not_passed_over(inbox_database: Database) -> None:
+    """As where the connection is lost: what is known of it is that it was asked about."""
+    connection, other = await inbox_database.connect(), await inbox_database.connect()
+    offsets = await take(connection)
+    async with other.transaction():
+        await other.execute("SELECT FROM inbox_offset FOR UPDATE")
+        await connection.execute("SET lock_timeout = '1ms'")
+        with pytest.raises(asyncpg.LockNotAvailableError):
+            await accept(offsets, connection, 3)
+    with pytest.raises(PassedOverError, match="or seek to 0"):
+        await accept(offsets, connection, 4)
+    assert await accept(offsets, connection, 3, 4) == [3, 4]
 
 
 @pytest.mark.parametrize(
