@@ -43,6 +43,10 @@ class PartitionLostError(OutboxRelayError):
     """A consumer handled a message of a partition that another has taken since, or that it never took."""
 
 
+class PartitionBusyError(OutboxRelayError):
+    """The last owner of a partition has a transaction open for longer than the next waits; nothing was changed."""
+
+
 class OffsetGoneError(OutboxRelayError):
     """Kafka doesn't have the offset that a consumer is to go on from, so messages may be missing."""
 

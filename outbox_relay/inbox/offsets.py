@@ -26,6 +26,8 @@ Relies on the primary key of ``inbox_offset``, ``(consumer, topic, partition)``.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
@@ -34,12 +36,22 @@ from uuid import UUID, uuid4
 import asyncpg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_relay.errors import OffsetGoneError, PartitionLostError, PassedOverError
+from outbox_relay.errors import OffsetGoneError, PartitionBusyError, PartitionLostError, PassedOverError
 from outbox_relay.inbox.ids import ConsumedMessage
 from outbox_relay.inbox.names import checked_name
+from outbox_relay.inbox.outages import is_outage
 from outbox_relay.inbox.transaction import Connection, fetch, require
 
 M = TypeVar("M", bound=ConsumedMessage)
+
+_LOCK_NOT_AVAILABLE = "55P03"
+_TRY_SECONDS = 10.0
+_PAUSE_SECONDS = 1.0
+
+_BOUND = """\
+-- wait so long for locks, until the transaction ends
+SELECT set_config('lock_timeout', CAST($1 AS text), true)
+"""
 
 # It waits for the transaction that the last owner has open. What it inserts for a new partition is where that begins.
 _TAKE = """\
@@ -68,11 +80,13 @@ RETURNING next_offset
 class Offsets:
     """How far one consumer has come. It remembers the partitions that it took: one for each Kafka consumer.
 
-    ``consumer`` is as for :class:`~outbox_relay.inbox.postgres.Inbox`.
+    ``consumer`` is as for :class:`~outbox_relay.inbox.postgres.Inbox`. ``lock_timeout_seconds`` bounds what
+    :meth:`take` waits for a transaction that another has open.
     """
 
-    def __init__(self, consumer: str) -> None:
+    def __init__(self, consumer: str, *, lock_timeout_seconds: float = 3.0) -> None:
         self.consumer = checked_name(consumer)
+        self._lock_timeout_ms = max(1, round(lock_timeout_seconds * 1000))  # 0 would be no bound
         self._owners: dict[tuple[str, int], UUID] = {}
         self._refused: dict[tuple[str, int], Exception] = {}
         # What accept was asked about, less what is known to be committed; and the transaction of the last accept.
@@ -83,13 +97,25 @@ class Offsets:
         """Own the partition once this transaction commits; the offset to go on from.
 
         ``beginning`` and ``end`` are where the partition begins and ends in Kafka; a consumer that has never had it
-        begins at the beginning. Waits for a transaction that its last owner has open.
+        begins at the beginning. Waits for a transaction that its last owner has open; PostgreSQL's ``lock_timeout`` is
+        set until this transaction ends.
 
-        Raises NotInTransactionError, and OffsetGoneError where Kafka no longer has that offset.
+        Raises NotInTransactionError, PartitionBusyError where that takes too long, which may pass, and OffsetGoneError
+        where Kafka no longer has that offset.
         """
         owner = uuid4()
         self.drop(topic, partition)
-        rows = await fetch(connection, _TAKE, self.consumer, topic, partition, beginning, owner)
+        await fetch(connection, _BOUND, f"{self._lock_timeout_ms}ms")
+        try:
+            rows = await fetch(connection, _TAKE, self.consumer, topic, partition, beginning, owner)
+        except Exception as error:
+            # SQLAlchemy has the driver's error in its own.
+            if getattr(getattr(error, "orig", error), "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                raise
+            raise PartitionBusyError(
+                f"the last {self.consumer!r} with {topic}, partition {partition}, has had a transaction open for"
+                f" {self._lock_timeout_ms} ms: try again, or end that"
+            ) from error
         offset: int = rows[0][0]
         if not beginning <= offset <= end:
             why = (
@@ -190,50 +216,76 @@ class SeekOnAssignment:
     The consumer has ``auto_offset_reset="none"``, so that it raises OffsetOutOfRangeError where Kafka deletes messages
     before it reads them, instead of passing over them; anything else is a ValueError. ``enable_auto_commit=False``.
 
-    ``database`` is an asyncpg pool or a SQLAlchemy ``AsyncEngine``. What a partition can't be taken for is logged by
-    aiokafka, and raised by ``accept`` for each of its messages.
+    ``database`` is an asyncpg pool or a SQLAlchemy ``AsyncEngine``. Each partition is paused until it is taken, and
+    holds up no other. An outage, or an open transaction of its last owner, is waited out, for ``give_up_seconds``. What
+    it can't be taken for is then raised by ``accept`` for each of its messages, from its beginning on.
     """
 
-    def __init__(self, offsets: Offsets, consumer: Any, database: asyncpg.Pool | AsyncEngine) -> None:
+    def __init__(
+        self, offsets: Offsets, consumer: Any, database: asyncpg.Pool | AsyncEngine, *, give_up_seconds: float = 60.0
+    ) -> None:
         if getattr(consumer, "_auto_offset_reset", "none") != "none":
             raise ValueError('the consumer must have auto_offset_reset="none", or it may pass over messages in silence')
         self._offsets = offsets
         self._consumer = consumer
         self._database = database
+        self._give_up_seconds = give_up_seconds
+        self._taking: dict[Partition, asyncio.Task[None]] = {}
 
     async def on_partitions_revoked(self, revoked: Iterable[Partition]) -> None:
         for each in revoked:
+            if (task := self._taking.pop(each, None)) is not None:
+                task.cancel()
             self._offsets.drop(each.topic, each.partition)
 
     async def on_partitions_assigned(self, assigned: Iterable[Partition]) -> None:
-        partitions = sorted(assigned, key=lambda each: (each.topic, each.partition))
-        if not partitions:
-            return
-        # Before anything is awaited: with a position nobody asks the group for one, and nothing is fetched when paused.
-        self._consumer.pause(*partitions)
+        """Begins to take them, and returns: while a listener runs, aiokafka sends no heartbeats."""
+        partitions = list(assigned)
+        await self.on_partitions_revoked(partitions)
         for each in partitions:
+            # At once: with a position nobody asks the group for one, and nothing is fetched when paused.
+            self._consumer.pause(each)
             self._consumer.seek(each, 0)
-        try:
-            beginnings = await self._consumer.beginning_offsets(partitions)
-            ends = await self._consumer.end_offsets(partitions)
-            for each in partitions:
-                await self._take(each, beginnings[each], ends[each])
-        except Exception as error:
-            for each in partitions:
-                self._offsets.refuse(each.topic, each.partition, error)
-            raise
-        finally:
-            self._consumer.resume(*partitions)
+            self._taking[each] = asyncio.create_task(self._take_and_seek(each))
 
-    async def _take(self, each: Partition, beginning: int, end: int) -> None:
+    async def _take_and_seek(self, each: Partition) -> None:
         try:
-            async with _begin(self._database) as connection:
-                offset = await self._offsets.take(connection, each.topic, each.partition, beginning=beginning, end=end)
-        except OffsetGoneError as error:
-            # Its first message, whichever that is, is to raise it; the others go on.
+            offset = await self._take(each)
+        except Exception as error:
             self._offsets.refuse(each.topic, each.partition, error)
-            offset = beginning
-        self._consumer.seek(each, offset)
+            # Its first message, whichever that is, is to raise it.
+            await self._consumer.seek_to_beginning(each)
+        else:
+            self._consumer.seek(each, offset)
+        self._consumer.resume(each)
+
+    async def _take(self, each: Partition) -> int:
+        """Again and again, as long as what fails may pass."""
+        ends = time.monotonic() + self._give_up_seconds
+        while True:
+            self._end_if_stopped()
+            try:
+                async with asyncio.timeout(_TRY_SECONDS):
+                    return await self._try_to_take(each)
+            except Exception as error:
+                is_kafkas = getattr(error, "retriable", False)  # says its client
+                may_pass = is_kafkas or is_outage(error) or isinstance(error, PartitionBusyError)
+                if not may_pass or time.monotonic() > ends:
+                    raise
+            await asyncio.sleep(_PAUSE_SECONDS)
+
+    async def _try_to_take(self, each: Partition) -> int:
+        beginning = (await self._consumer.beginning_offsets([each]))[each]
+        end = (await self._consumer.end_offsets([each]))[each]
+        async with _begin(self._database) as connection:
+            offset = await self._offsets.take(connection, each.topic, each.partition, beginning=beginning, end=end)
+            self._end_if_stopped()
+        return offset
+
+    def _end_if_stopped(self) -> None:
+        # It tells its listener nothing, and the partition may be another's by now.
+        if getattr(self._consumer, "_closed", False):
+            raise asyncio.CancelledError
 
 
 @asynccontextmanager

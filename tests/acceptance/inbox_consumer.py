@@ -18,6 +18,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from outbox_relay.inbox import message_id
 from outbox_relay.inbox.offsets import Offsets, SeekOnAssignment
 from outbox_relay.inbox.postgres import Inbox
+from tests.waiting import eventually
 
 INBOX = Inbox("payments")
 OFFSETS = Offsets("payments")
@@ -155,6 +156,7 @@ async def main(url: str, servers: str, topic: str, group: str, handler: str, ste
     if is_seeking:
         async with asyncpg.create_pool(url, min_size=1, max_size=1) as pool:
             await SeekOnAssignment(OFFSETS, consumer, pool).on_partitions_assigned([partition])
+            await eventually(lambda: not consumer.paused(), "the partition is taken")
     connection = await asyncpg.connect(url)
     end = (await consumer.end_offsets([partition]))[partition]
     while (begin := await consumer.position(partition)) < end:

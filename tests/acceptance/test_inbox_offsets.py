@@ -15,6 +15,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListen
 from outbox_relay.errors import (
     NotInTransactionError,
     OffsetGoneError,
+    PartitionBusyError,
     PartitionLostError,
     PassedOverError,
 )
@@ -128,6 +129,34 @@ async def test_who_takes_a_partition_waits_for_what_is_open_and_refuses_the_last
     with pytest.raises(PartitionLostError, match="another 'payments' has taken orders, partition 3"):
         await accept(old, first, 5)
     assert await accept(new, second, 6) == [6]
+
+
+@pytest.mark.parametrize("open_", OPENERS)
+async def test_who_takes_a_partition_waits_for_what_is_open_no_longer_than_asked(
+    inbox_database: Database, open_: Open
+) -> None:
+    connection = await inbox_database.connect()
+    old, new = await take(connection), Offsets("payments", lock_timeout_seconds=0.05)
+    handling = connection.transaction()
+    await handling.start()
+    assert await old.accept(connection, record(offset=4))
+    async with asyncio.timeout(30):
+        with pytest.raises(PartitionBusyError, match="orders, partition 3, has had a transaction open for 50 ms"):
+            async with open_(inbox_database.url) as opened:
+                await new.take(opened.connection, "orders", 3, beginning=0, end=9)
+    await handling.commit()
+    assert await accept(old, connection, 5) == [5]
+    async with open_(inbox_database.url) as opened:
+        assert await new.take(opened.connection, "orders", 3, beginning=0, end=9) == 6
+
+
+async def test_the_bound_of_a_take_ends_with_its_transaction(inbox_database: Database) -> None:
+    connection = await inbox_database.connect()
+    await connection.execute("SET lock_timeout = '77s'")
+    async with connection.transaction():
+        await Offsets("payments").take(connection, "orders", 3, beginning=0, end=9)
+        assert await connection.fetchval("SHOW lock_timeout") == "3s"
+    assert await connection.fetchval("SHOW lock_timeout") == "77s"
 
 
 async def test_a_take_that_was_rolled_back_owns_nothing(inbox_database: Database) -> None:
