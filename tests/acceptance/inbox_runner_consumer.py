@@ -21,11 +21,13 @@ from tests.acceptance.inbox_consumer import INBOX, charge, say
 
 
 class Payments(Consumer):
+    batches_of = 1
+
     def __init__(self, url: str, servers: str, topic: str, group: str, end: int, step: str, at: int) -> None:
-        super().__init__(servers, group, inbox=INBOX, transaction=self._transact)
+        super().__init__(servers, group, inbox=INBOX, transaction=self._transact, batch_size=self.batches_of)
         self.handler(topic)(self._charge)
         self._url, self._end, self._step, self._at = url, end, step, at
-        self._offset = -1  # of the message that is handled
+        self._offset = -1  # of the message that is handled, or that of its batch at which it stops
         self._offset_is_committed = asyncio.Event()  # of that at which it stops
 
     async def _done(self, step: str, offset: int) -> None:
@@ -54,8 +56,8 @@ class Payments(Consumer):
         self._offset = message.offset
 
     async def _finish(self, messages: list[Any]) -> None:
-        (message,) = messages
-        self._begin_one(message)
+        at = [message for message in messages if message.offset == self._at]
+        self._begin_one((at or messages)[-1])
         await super()._finish(messages)
 
     async def _commit(self, partitions: Collection[TopicPartition]) -> None:
@@ -68,6 +70,12 @@ class Payments(Consumer):
             is_finished = not self._partitions[partition].progress.unfinished
             if is_finished and await self._kafka.position(partition) == self._end:
                 self.stop()
+
+
+class InBatches(Payments):
+    """Those that have come by then in one transaction."""
+
+    batches_of = 4
 
 
 class FinishedBeforeHandled(Payments):
@@ -83,7 +91,7 @@ class FinishedBeforeHandled(Payments):
         await super()._charge(message, connection)
 
 
-HANDLERS = {"runner": Payments, "finished_before_handled": FinishedBeforeHandled}
+HANDLERS = {"runner": Payments, "runner_in_batches": InBatches, "finished_before_handled": FinishedBeforeHandled}
 
 
 async def main(url: str, servers: str, topic: str, group: str, handler: str, step: str = "", at: str = "-1") -> None:

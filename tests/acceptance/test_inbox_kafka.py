@@ -118,6 +118,12 @@ async def test_each_message_is_charged_for_once_although_the_consumer_is_killed(
     assert await charges_after_a_kill(inbox_database, kafka, topic, handler, step) == ONCE_EACH
 
 
+@pytest.mark.parametrize("step", ["charged", "committed", "offset"])
+async def test_with_the_runners_batches_too(inbox_database: Database, kafka: Kafka, topic: str, step: str) -> None:
+    charged = await charges_after_a_kill(inbox_database, kafka, topic, "runner_in_batches", step)
+    assert charged == ONCE_EACH
+
+
 @pytest.mark.parametrize("step", ["charged", "committed"])
 async def test_with_faststream_too(inbox_database: Database, kafka: Kafka, topic: str, step: str) -> None:
     """Around the database's commit; before and after these its steps are those of the others."""
