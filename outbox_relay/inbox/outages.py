@@ -9,6 +9,7 @@ _OUTAGES = (
     OSError,  # nobody answers; TimeoutError and redis-py's ConnectionError apart, all are
     TimeoutError,
     asyncpg.InterfaceError,  # the connection is closed, or its pool
+    asyncpg.InternalClientError,  # it was closed while a statement was being sent
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,  # PostgreSQL starts or stops, or somebody has ended the session
     asyncpg.InsufficientResourcesError,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncpg
 import pytest
 import redis.exceptions
+import sqlalchemy.exc
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from outbox_relay.inbox.outages import is_outage
@@ -25,6 +26,8 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
         asyncpg.TooManyConnectionsError(),
         asyncpg.DeadlockDetectedError(),
         asyncpg.InterfaceError("the connection is closed"),
+        asyncpg.InternalClientError(),
+        sqlalchemy.exc.TimeoutError(),
         redis.exceptions.ConnectionError(),
         OperationalError("SELECT 1", {}, raised_from(Exception(), asyncpg.ConnectionDoesNotExistError())),
         raised_from(ValueError(), ConnectionResetError()),
