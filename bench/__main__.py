@@ -101,9 +101,10 @@ async def _one(
         print(f"{title}: left out: {error}", flush=True)
         return False
     except Exception as error:
-        # Of any kind: the others go on, and the result says what went wrong.
-        figures = {"problem": _problem(error)}
-        said = f"no result: {figures['problem']}"
+        # Of any kind: the others go on, and the result says what went wrong, without the paths of a traceback.
+        problem = _problem(error)
+        figures = {"problem": problem.splitlines()[0]}
+        said = f"no result: {problem}"
     results.add(workload.name, arm, round_, figures, **_about(arm), **about)
     print(f"{title}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
     return True

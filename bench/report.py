@@ -102,6 +102,9 @@ def write_document(results: Sequence[Result], summary: Summary) -> None:
     """``docs/performance.md`` with its plots."""
     PLOTS.mkdir(exist_ok=True)
     parts = [_INTRODUCTION, _machine(results)]
+    measured = {result["workload"] for result in results}
+    if missing := [title for workload, title in _TITLES.items() if workload not in measured]:
+        parts.append(f"Not measured in this run: {'; '.join(missing)}.")
     for name, (title, unit, found) in _plots(results).items():
         (PLOTS / f"{name}.svg").write_text(bars(title, unit, found))
         parts.append(f"![{title}](performance/{name}.svg)")
