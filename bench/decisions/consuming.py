@@ -47,10 +47,10 @@ class Arm:
 
 ARMS = (
     Arm("one by one", 1, 10_000),
-    Arm("batches of 50", 50, 50_000),
-    Arm("batches of 200", 200, 50_000),
-    Arm("batches of 500", 500, 50_000),
-    Arm("batches of 200, all repeats", 200, 50_000, are_repeats=True),
+    Arm("batches of 50", 50, 100_000),
+    Arm("batches of 200", 200, 100_000),
+    Arm("batches of 500", 500, 100_000),
+    Arm("batches of 200, all repeats", 200, 100_000, are_repeats=True),
 )
 
 
