@@ -9,8 +9,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Files of tests run side by side, each worker with servers of its own.
-AT_ONCE := -n 2 --dist loadfile
+# Files of tests run side by side, each worker with servers of its own. One more than two cores: each waits now and then.
+AT_ONCE := -n 3 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo setup test matrix bench semantics quick check format lock clean
