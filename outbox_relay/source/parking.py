@@ -155,6 +155,10 @@ class Parking:
             self._telemetry.row_stuck(id_, error, why(error))
         return delay_seconds
 
+    def is_suspect(self, topic: str) -> bool:
+        """Whether the topic took nothing since it was refused as a whole, and is tried with all its rows."""
+        return topic in self._unproven and not self._is_parked(topic)
+
     # -- what a claim leaves out
 
     @property

@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,6 +32,7 @@ from outbox_relay.retry import Backoff
 from outbox_relay.source.deletions import Deletions
 from outbox_relay.source.holds import Holds
 from outbox_relay.source.parking import Line, Ownership, Parking
+from outbox_relay.source.refusals import RefusedTopics
 from outbox_relay.source.row_by_row import RowByRow
 from outbox_relay.source.session import Session
 from outbox_relay.source.slots import Slots
@@ -46,9 +46,8 @@ _LOCKED = Backoff(first_seconds=0.05, ceiling_seconds=1.0)
 # How long a last settle waits for a stranger's lock before the row is left to be published again.
 _LAST_SETTLE_SECONDS = 5.0
 
-#: A topic that refused so many rows of one claim, and took none, waits as a whole: finding the next ones would hold up
-#: other topics. So does everything when so many can't be read, and none can.
-_MANY_REFUSED = 20
+#: Where so many can't be read, and none can, it isn't the rows' fault.
+_MANY_UNREADABLE = 20
 
 #: The most bytes in one claim, unless a single row has more.
 CLAIM_BYTES = 5 * 1024 * 1024
@@ -97,6 +96,7 @@ class PollingSource:
         self._unmarkable: Holds[int] = Holds(
             _UNMARKABLE
         )  # of the published, those that PostgreSQL doesn't let be marked
+        self._refused_topics = RefusedTopics()
         self._rows = RowByRow(session)
         self._parking = Parking(
             session, self._rows, telemetry, policies, table, layout_slots=layout_slots, batch_rows=batch_rows
@@ -144,7 +144,7 @@ class PollingSource:
             await self._slots.watch.wait(self._lane, seconds)
 
     def settle(self, outcomes: Sequence[Outcome]) -> None:
-        refused_topics = _refused_topics(outcomes)
+        refused_topics = self._refused_topics.among(outcomes, self._parking.is_suspect)
         awaits_deliveries = self._parking.awaits_deliveries
         for outcome in outcomes:
             ownership = self._claimed.pop(outcome.record.id)
@@ -289,8 +289,8 @@ class PollingSource:
         assert self._payload_type is not None
         read, identify = self._statements.read[self._payload_type], self._statements.identify
         rows, refused = await self._rows.run(ids, lambda some: self._session.fetch(read, some))
-        if len(refused) >= _MANY_REFUSED and not rows:
-            # Not the rows' fault: a cast or a mapping that suits none of them.
+        if len(refused) >= _MANY_UNREADABLE and not rows:
+            # A cast or a mapping that suits none of them.
             error = next(iter(refused.values()))
             raise SourceUnavailableError(f"read: none of the rows can be read ({why(error)})") from error
         known, unknown = await self._rows.run(list(refused), lambda some: self._session.fetch(identify, some))
@@ -363,20 +363,6 @@ class PollingSource:
             del self._published[id_]
         if dropped:
             self._telemetry.claim_dropped(len(dropped), "published, but the slots were lost before they were marked")
-
-
-def _refused_topics(outcomes: Sequence[Outcome]) -> dict[str, Retry]:
-    """By topic an example of what was refused, for topics that can't be written to or refuse row after row."""
-    refused: dict[str, Retry] = {}
-    retries = [outcome for outcome in outcomes if isinstance(outcome, Retry)]
-    rows: Counter[str] = Counter()
-    taken = {outcome.record.topic for outcome in outcomes if isinstance(outcome, Delivered)} if retries else ()
-    for retry in retries:
-        topic = retry.record.topic
-        rows[topic] += 1
-        if retry.scope is Scope.TOPIC or (rows[topic] >= _MANY_REFUSED and topic not in taken):
-            refused.setdefault(topic, retry)
-    return refused
 
 
 def _line(id_: int, topic: str, key: str | None) -> Line:
