@@ -12,6 +12,9 @@ INSTALLED := $(VENV)/.installed
 # Files of tests run side by side, each worker with servers of its own. One more than two cores: each waits now and then.
 AT_ONCE := -n 3 --dist loadfile
 
+# Relays, commands and consumers are started by the hundred, and without it each compiles every library anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo setup test matrix bench semantics quick check format lock clean
 

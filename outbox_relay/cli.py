@@ -17,7 +17,6 @@ import asyncpg
 import click
 
 from outbox_relay import __version__, config, daemon, logs, roles, schema, status, wake_up
-from outbox_relay.adoption import adoption_sql
 from outbox_relay.checks import findings
 from outbox_relay.cli_dead import dead_group
 from outbox_relay.cli_failures import failing_clearly
@@ -210,6 +209,8 @@ def schema_apply(
 @click.option("--order-by", metavar="COLUMN", help="What has the order of the rows that are in the table already.")
 def schema_adopt(path: Path, order_by: str | None) -> None:
     """Print the SQL that makes an existing table, as [table] names it, an outbox; nothing is changed."""
+    from outbox_relay.adoption import adoption_sql  # with SQLAlchemy, which nothing else here needs
+
     with failing_clearly():
         settings = config.load(path)
     click.echo(adoption_sql(daemon.table_of(settings), order_by, settings.table.schema_), nl=False)

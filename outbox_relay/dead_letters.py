@@ -24,7 +24,7 @@ import asyncpg
 from outbox_relay import audit, schema
 from outbox_relay.audit import Deed
 from outbox_relay.errors import RefusedError, SourceRefusedError, SourceUnavailableError
-from outbox_relay.outbox import Message
+from outbox_relay.outbox_message import Message
 from outbox_relay.source.parking_statements import MAKE_NEXT_DUE
 from outbox_relay.source.session import Session
 from outbox_relay.source.snapshot import snapshot

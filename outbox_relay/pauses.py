@@ -8,7 +8,7 @@ from __future__ import annotations
 from outbox_relay import audit, schema
 from outbox_relay.audit import Deed
 from outbox_relay.errors import RefusedError
-from outbox_relay.outbox import Message
+from outbox_relay.outbox_message import Message
 from outbox_relay.source.session import Session
 
 _PAUSE = """

@@ -119,3 +119,9 @@ def test_a_database_out_of_reach_is_one_line_without_its_password(where: str) ->
     assert "Traceback" not in done.stderr
     assert SECRET not in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_relay_starts_without_sqlalchemy() -> None:
+    """Loading it would be most of the start, and 22 MB of memory."""
+    script = "import sys, outbox_relay.cli; sys.exit('sqlalchemy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0
