@@ -121,9 +121,12 @@ class Producer:
         topic, number = partition
         now_ms = int(time.time() * 1000)
         batch = self._producer.create_batch()
-        for record in records:
-            if not batch.append(key=record.key, value=record.value, timestamp=now_ms, headers=record.headers):
+        # Past the serializers, of which there are none: they would be a third of the work.
+        append = batch._builder.append
+        for offset, record in enumerate(records):
+            if append(offset, now_ms, record.key, record.value, record.headers) is None:
                 raise RuntimeError(f"outbox id {record.id} did not fit into its batch")
+        batch._relative_offset = len(records)
         self.records_sent += len(records)
         self._tries.pop(partition, None)
         self._rejections.pop(partition, None)

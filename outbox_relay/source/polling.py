@@ -215,21 +215,23 @@ class PollingSource:
     async def _mark(self, epochs: dict[int, int]) -> set[int]:
         held = set(self._unmarkable.active())
         ids = [id_ for id_, (slot, epoch) in self._published.items() if epochs.get(slot) == epoch and id_ not in held]
-        marked, refused = await self._rows.run(ids, lambda some: self._session.fetch(self._statements.settle, some))
-        settled = {row["id"] for row in marked}
+        counts, refused = await self._rows.run(ids, self._mark_some)
         for id_, error in refused.items():
             attempts, _ = self._unmarkable.hold(id_)
             if attempts == 1:
                 self._telemetry.row_unmarkable(id_, error, why(error), deleting=self._deletions is not None)
-        missed = [id_ for id_ in ids if id_ not in settled]
-        if missed and not self._rows.careful:
-            locked = {row["id"] for row in await self._session.fetch(self._statements.unsettled, missed)}
-            # Neither marked by us nor unsent: somebody deleted the row or marked it.
-            settled.update(id_ for id_ in missed if id_ not in locked)
-            if new := locked - self._postponed:
+        if sum(counts) == len(ids):
+            return set(ids)
+        # What is unsent is locked, refused, or wasn't tried. What is neither was deleted or marked by somebody.
+        unsent = {row["id"] for row in await self._session.fetch(self._statements.unsettled, ids)}
+        if not self._rows.careful:
+            if new := unsent - self._postponed:
                 self._telemetry.settle_postponed(sorted(new))
-            self._postponed = locked
-        return settled
+            self._postponed = unsent
+        return set(ids) - unsent
+
+    async def _mark_some(self, ids: Sequence[int]) -> list[int]:
+        return [await self._session.change(self._statements.settle, ids)]
 
     def _unsettled_slots(self, settled: set[int]) -> set[int]:
         return {slot for id_, (slot, _) in self._published.items() if id_ not in settled}

@@ -7,13 +7,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TypeVar
 
-import asyncpg
-
 from outbox_relay.errors import SourceUnavailableError
 from outbox_relay.source.session import RowRefusedError, Session, what_it_says
 from outbox_relay.source.sqlstate import Fault, fault_of, why
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 #: How long rows at fault are looked for in one statement, once one was found.
 _BLAME_SECONDS = 1.0
@@ -60,16 +59,16 @@ class RowByRow:
             self._careful = False
 
     async def run(
-        self, items: Sequence[T], statement: Callable[[Sequence[T]], Awaitable[list[asyncpg.Record]]]
-    ) -> tuple[list[asyncpg.Record], dict[T, BaseException]]:
-        """What the statement returns, and the items that it can't be run over, each with why.
+        self, items: Sequence[T], statement: Callable[[Sequence[T]], Awaitable[list[R]]]
+    ) -> tuple[list[R], dict[T, BaseException]]:
+        """What the statement returns for all of them, and the items that it can't be run over, each with why.
 
         Looking for them takes a second at most, longer only for the first; then the last items wait for another time.
         """
         if not self._careful:
             return (await statement(items), {}) if items else ([], {})
         ends = time.monotonic() + _BLAME_SECONDS
-        rows: list[asyncpg.Record] = []
+        rows: list[R] = []
         refused: dict[T, BaseException] = {}
         parts = [items] if items else []
         while parts and not (refused and time.monotonic() > ends):

@@ -152,6 +152,11 @@ def _host(url: str) -> str:
     return urlsplit(url).netloc.rpartition("@")[2]
 
 
+def _name(statement: str) -> str:
+    """The comment that it begins with."""
+    return statement.lstrip("\n- ").partition("\n")[0]
+
+
 def what_it_says(error: BaseException) -> str:
     """The first sentence of PostgreSQL's answer alone: its DETAIL may hold the row, with its key and payload."""
     return str(error.args[0] if isinstance(error, asyncpg.PostgresError) and error.args else error)
@@ -230,12 +235,24 @@ class Session:
     async def _fetch(
         self, connection: asyncpg.Connection, statement: str, arguments: Sequence[Any]
     ) -> list[asyncpg.Record]:
-        with self.unavailable(statement.lstrip("\n- ").partition("\n")[0]):
+        with self.unavailable(_name(statement)):
             prepared = self._prepared.get(statement)
             rows: list[asyncpg.Record] = (
                 await connection.fetch(statement, *arguments) if prepared is None else await prepared.fetch(*arguments)
             )
             return rows
+
+    async def change(self, statement: str, *arguments: Any) -> int:
+        """Run one that returns no rows, within :meth:`transaction`; how many rows it changed."""
+        connection = await self.connection()
+        with self.unavailable(_name(statement)):
+            prepared = self._prepared.get(statement)
+            if prepared is None:
+                done = await connection.execute(statement, *arguments)
+            else:
+                await prepared.fetch(*arguments)
+                done = prepared.get_statusmsg()
+            return int(done.rpartition(" ")[2])
 
     async def listen(self, channel: str, notified: Callable[[], None]) -> None:
         """Have ``notified`` called for each NOTIFY, for as long as this connection lives."""

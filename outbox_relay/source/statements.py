@@ -184,7 +184,8 @@ FOR NO KEY UPDATE OF s
 
 # Rows that a stranger has locked are left for later rather than waited for. num_nulls(…) = 1 is IS NULL in words from
 # which the planner can't conclude that outbox_unsent would do: without a bucket all of that index is searched for an
-# id, which looks cheap while it is small.
+# id, which looks cheap while it is small. Nothing is returned, since how many rows there were is told anyway, and
+# mostly that is all of them.
 _SETTLE = """
 -- settle
 {how}
@@ -192,7 +193,6 @@ WHERE sent.{id} = ANY (ARRAY(
     SELECT o.{id} FROM {outbox} o WHERE o.{id} = ANY ($1::bigint[]) AND num_nulls(o.{sent_at}) = 1
     FOR UPDATE SKIP LOCKED
 ))
-RETURNING sent.{id} AS id
 """
 
 _UNSETTLED = """

@@ -127,6 +127,9 @@ class ExplainedSession(Session):
             await super().fetch(f"SET LOCAL plan_cache_mode = {self._plan_cache_mode}")
         return rows
 
+    async def change(self, statement: str, *arguments: Any) -> int:
+        return await super().change(self._rewrite(statement), *arguments)
+
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
         connection = await self.connection()
@@ -572,6 +575,10 @@ async def test_a_batch_takes_the_same_statements_whatever_its_size(
             if statement != DUE:  # which is asked by the clock
                 fetched.append(statement)
             return await super().fetch(statement, *arguments)
+
+        async def change(self, statement: str, *arguments: Any) -> int:
+            fetched.append(statement)
+            return await super().change(statement, *arguments)
 
     session = Counted(Database(outbox_database.url, 10.0, 60.0), "counted")
     async with source_on(session, outbox_database.url, batch_rows=batch_rows, deletes_sent=deletes_sent) as source:
