@@ -35,11 +35,11 @@ from outbox_relay.topic_reader import check_topics
 ORDERS = 1_000
 _ORDERS_A_SECOND = 300
 
-#: The relay is killed once so many rows are acknowledged ...
+#: The relay is killed once so many rows are marked as sent ...
 _KILL_FROM = 450
 #: ... and orders above this number come only afterwards, so that it can't have been too many, however late the kill.
 _LAST_ORDER_BEFORE_THE_KILL = 900
-#: How many rows may be acknowledged for the kill to be in the middle.
+#: How many rows may be marked as sent for the kill to be in the middle.
 _MIDDLE = range(100, 901)
 
 _LOOK_SECONDS = 0.02
@@ -98,8 +98,11 @@ async def _publish(scene: Scene) -> int:
         await in_thread(relay.kill)
         now = await count()
         if now.sent not in _MIDDLE:
-            raise relay.error(f"the relay was not killed in the middle: {now.sent} rows were acknowledged")
-        screen.say(f"relay killed (kill -9): {now.sent} rows acknowledged, {now.placed} orders placed")
+            raise relay.error(f"the relay was not killed in the middle: {now.sent} rows were marked as sent")
+        screen.say(
+            f"relay killed (kill -9): {now.placed} orders placed, {now.rolled_back} of them rolled back;"
+            f" {now.sent} rows marked as sent"
+        )
         killed.set()
         await in_thread(relay.start)
         screen.say(f"relay started again (process {relay.pid})")
@@ -117,8 +120,9 @@ async def _publish(scene: Scene) -> int:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def count() -> _Counts:
-        placed = service.placed  # before the table is looked at, which then has all their rows
-        now = _Counts(placed, *await scene.connection.fetchrow(_COUNT))
+        # Before the table is looked at, which then has all their rows.
+        placed, rolled_back = service.placed, len(service.rolled_back)
+        now = _Counts(placed, rolled_back, *await scene.connection.fetchrow(_COUNT))
         show(now.placed, now.sent)
         return now
 
@@ -133,7 +137,7 @@ async def _publish(scene: Scene) -> int:
             await service.place(number)
 
     rows = ORDERS - ORDERS // ROLLED_BACK_SHARE
-    with screen.bars({"orders placed": ORDERS, "rows acknowledged": rows}) as show:
+    with screen.bars({"orders placed": ORDERS, "rows marked as sent": rows}) as show:
         at_kill: int
         at_kill, *_ = await together(kill_and_start_again(), *(place_orders() for _ in range(WRITERS)))
     screen.say(f"{len(service.committed)} orders committed, {len(service.rolled_back)} rolled back; all rows are sent")
@@ -149,6 +153,7 @@ def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 
 class _Counts(NamedTuple):
     placed: int  #: orders, rolled back or not
+    rolled_back: int  #: of these
     sent: int  #: rows
     unsent: int
 
@@ -163,7 +168,9 @@ async def _read_back(scene: Scene) -> Report:
             deadline_seconds=_READING_SECONDS,
             check_crcs=not scene.kafka.is_mock,
         )
-    scene.screen.say(f"the topic is read back: {report.records} records")
+    scene.screen.say(
+        f"the topic is read back: {report.records} records, {report.duplicates} of them sent again by the relay"
+    )
     return report
 
 
@@ -171,7 +178,7 @@ async def _repeat(scene: Scene) -> Charges:
     """Send records again, and when the payment service has dealt with them and all others, count what it charged."""
     with scene.screen.waiting("sending records again"):
         repeats = await send_again(scene.kafka, scene.topic)
-        scene.screen.say(f"{repeats.records} of the topic's records are sent again, as they are")
+        scene.screen.say(f"{repeats.records} of them, every ninth of each partition, are sent again on purpose")
         is_finished = await until_finished(
             scene.kafka, scene.topic, repeats.ends, _CHARGING_SECONDS, scene.payments.check_alive
         )

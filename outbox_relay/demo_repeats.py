@@ -32,7 +32,7 @@ class Repeats(NamedTuple):
 
 
 async def send_again(kafka: Kafka, topic: str) -> Repeats:
-    """Send one in nine of the topic's records again, as it is: partition, key, value and headers.
+    """Send every ninth record of each partition again, as it is: partition, key, value and headers.
 
     Raises CheckError where the topic can't be read, DemoError where it can't be written to.
     """

@@ -100,11 +100,11 @@ def show_verdict(verdict: Verdict, screen: Screen, *, is_mock: bool) -> None:
     rows = [
         Row("committed", f"{numbers.committed}", "orders, each with its outbox row"),
         Row("rolled back", f"{numbers.rolled_back}", "orders and their rows, on purpose"),
-        Row("published at the kill", f"{numbers.published_at_kill}", "rows acknowledged when the relay died"),
+        Row("sent at the kill", f"{numbers.published_at_kill}", "rows marked as sent when the relay died"),
         Row("published", f"{numbers.published}", "committed orders that are in Kafka", not numbers.lost),
         Row("lost", f"{numbers.lost}", "committed orders that are not", not numbers.lost),
         Row("invented", f"{numbers.invented}", "records of no committed order", not numbers.invented),
-        Row("duplicates", f"{numbers.duplicates}", "records that repeat an earlier one"),
+        Row("duplicates", f"{numbers.duplicates}", "records that the relay sent again"),
         Row(
             "out of order", f"{numbers.out_of_order}", "orders behind later ones of their key", not numbers.out_of_order
         ),
@@ -132,4 +132,4 @@ def show_verdict(verdict: Verdict, screen: Screen, *, is_mock: bool) -> None:
 
 
 def _charged(charges: Charges) -> str:
-    return f"charges, one an order is right; {charges.repeats} records came twice on purpose"
+    return f"charges, one an order is right; {charges.repeats} records more came again, on purpose"

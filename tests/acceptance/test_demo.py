@@ -154,10 +154,21 @@ async def test_the_whole_story_on_servers_of_its_own(own_servers: None, kafka: K
     assert 100 <= numbers["published_at_kill"] <= 900
     assert (numbers["lost"], numbers["invented"], numbers["out_of_order"]) == (0, 0, 0)
     # The kill came while orders were still to be placed.
-    killed = re.search(r"relay killed \(kill -9\): (\d+) rows acknowledged, (\d+) orders placed", started.said)
+    killed = re.search(
+        r"relay killed \(kill -9\): (\d+) orders placed, (\d+) of them rolled back; (\d+) rows marked as sent",
+        started.said,
+    )
     assert killed is not None
-    assert int(killed[2]) < 1000
-    repeats = re.search(r"(\d+) of the topic's records are sent again", started.said)
+    placed, rolled_back, sent = map(int, killed.groups())
+    assert 0 < rolled_back < placed < 1000
+    assert sent == numbers["published_at_kill"]
+    read_back = re.search(r"read back: (\d+) records, (\d+) of them sent again by the relay", started.said)
+    assert read_back is not None
+    assert [int(number) for number in read_back.groups()] == [
+        numbers["published"] + numbers["duplicates"],
+        numbers["duplicates"],
+    ]
+    repeats = re.search(r"(\d+) of them, every ninth of each partition, are sent again on purpose", started.said)
     assert repeats is not None
     assert 90 <= int(repeats[1]) <= 110
     assert len(family) > 5  # the demo, and a guard and a process at least for PostgreSQL and Kafka
@@ -203,7 +214,7 @@ async def test_where_maven_cannot_be_reached_the_mock_plays_kafka(own_servers: N
     assert started.said.splitlines()[-1].startswith(f"{UNHARMED} (on a mock of Kafka")
 
 
-@pytest.mark.parametrize("when", ["starting", "relay started", "sent again"])
+@pytest.mark.parametrize("when", ["starting", "relay started", "sent again on purpose"])
 async def test_ctrl_c_ends_everything(when: str, own_servers: None, kafka: Kafka) -> None:
     with demo() as started:
         started.until(when)
