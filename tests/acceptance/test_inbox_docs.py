@@ -36,6 +36,13 @@ def examples(*names: str) -> dict[str, Any]:
     return defined
 
 
+def expression(argument: str) -> str:
+    """What the guide has for an argument, in its text."""
+    match = re.search(rf"`{argument}=(lambda.*?)`", GUIDE)
+    assert match is not None
+    return match[1]
+
+
 @pytest.fixture
 async def connection(database: Database) -> asyncpg.Connection:
     connection = await database.connect()
@@ -46,9 +53,9 @@ async def connection(database: Database) -> asyncpg.Connection:
 
 def test_every_example_is_tested_here() -> None:
     assert set(re.findall(r"<!-- tested: (\w+) -->", GUIDE)) == {
-        *("consumer", "batch", "prune", "runner", "faststream", "offsets", "transform", "redis", "guard")
+        *("consumer", "batch", "prune", "runner", "asyncpg", "faststream", "offsets", "transform", "redis", "guard")
     }
-    assert GUIDE.count("```python") == 9
+    assert GUIDE.count("```python") == 10
 
 
 def test_what_it_links_to_exists() -> None:
@@ -106,6 +113,39 @@ async def test_the_runner_charges_each_order_once(
         running = asyncio.create_task(consumer.run())
         everything = "SELECT count(*) = 3 FROM charge"
         await eventually(lambda: connection.fetchval(everything), "all are charged")
+        consumer.stop()
+        await running
+    rows = await connection.fetch("SELECT order_id FROM charge ORDER BY order_id")
+    assert [row["order_id"] for row in rows] == ["1", "2", "3"]
+
+
+async def test_the_runner_charges_each_order_once_on_asyncpg_alone(
+    database: Database, connection: asyncpg.Connection, kafka: Kafka
+) -> None:
+    topic = f"orders-{uuid4().hex}"
+    await kafka.create_topic(topic)
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all") as producer:
+        for id_ in ("1", "2", "1", "3"):
+            await producer.send_and_wait(topic, b"{}", key=id_.encode(), headers=[("id", b"m" + id_.encode())])
+    defined = examples("consumer", "runner", "asyncpg")
+    async with asyncpg.create_pool(database.url, min_size=1, max_size=4) as pool:
+        consumer = defined["Consumer"](
+            kafka.bootstrap_servers,
+            topic,
+            inbox=defined["inbox"],
+            transaction=eval(expression("transaction"), defined | {"pool": pool}),
+        )
+        failures: list[Any] = []
+
+        async def charge(message: Any, connection: asyncpg.Connection) -> None:
+            await defined["charge"](connection, message)
+            if not failures:  # what it did is rolled back, and it comes again
+                failures.append(message)
+                raise OSError
+
+        consumer.handler(topic)(charge)
+        running = asyncio.create_task(consumer.run())
+        await eventually(lambda: connection.fetchval("SELECT count(*) = 3 FROM charge"), "all are charged")
         consumer.stop()
         await running
     rows = await connection.fetch("SELECT order_id FROM charge ORDER BY order_id")
