@@ -23,8 +23,9 @@ from outbox_relay.errors import ServerError
 
 #: Of the backlog, what is left out at the beginning: starting up isn't what is measured.
 WARM_UP = 0.05
-#: Rows in one transaction of the backlog's writer.
+#: The most rows, and the most bytes, in one transaction of the backlog's writer.
 _ROWS_A_TRANSACTION = 1_000
+_BYTES_A_TRANSACTION = 32_000_000
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 0.3
 _FILL_SECONDS = 300.0
@@ -72,7 +73,7 @@ async def drain(
     """
     async with stage.run(rows) as run, prepared(arm, run):
         await condition.before(run)
-        await write_backlog(run, arm, rows.count)
+        await write_backlog(run, arm, rows)
         async with condition.during(run):
             return await drain_backlog(stage, arm, run, rows.count, most_seconds=most_seconds)
 
@@ -91,11 +92,12 @@ async def prepared(arm: Arm, run: Run) -> AsyncIterator[None]:
         await arm.stop()
 
 
-async def write_backlog(run: Run, arm: Arm, count: int) -> None:
+async def write_backlog(run: Run, arm: Arm, rows: Rows) -> None:
     """In many transactions, each with its ledger; then the tables are as autovacuum would leave them."""
+    at_once = max(1, min(_ROWS_A_TRANSACTION, _BYTES_A_TRANSACTION // rows.size))
     async with connected(run.database_url) as connection:
         await connection.execute(BACKLOG.format(insert=arm.insert(SLICE).rstrip().rstrip(";")))
-        await connection.execute(f"CALL bench_write_backlog({count}, {_ROWS_A_TRANSACTION})", timeout=_FILL_SECONDS)
+        await connection.execute(f"CALL bench_write_backlog({rows.count}, {at_once})", timeout=_FILL_SECONDS)
         await connection.execute("VACUUM (ANALYZE)", timeout=_FILL_SECONDS)
 
 
@@ -104,17 +106,17 @@ async def drain_backlog(stage: Stage, arm: Arm, run: Run, count: int, *, most_se
     async with records_in(run) as written:
         await arm.start(run)
         # One that is cut off doesn't get far enough for a part of the backlog to be its start.
-        await _reach(written, 1 if most_seconds is not None else int(count * WARM_UP))
+        await reach(written, 1 if most_seconds is not None else int(count * WARM_UP))
         wal, cpu, began, first = await _wal(run), stage.cpu(arm.pids), time.monotonic(), await written()
-        last = await _reach(written, count, most_seconds)
+        last = await reach(written, count, most_seconds)
         seconds = time.monotonic() - began
         used = stage.cpu(arm.pids) - cpu
         if last >= count:
-            used = await _settled(stage, arm, run) - cpu
+            used = await settled(stage, arm, run) - cpu
         wal, rss = await _wal(run) - wal, peak_rss_mb(arm.pids)
     await arm.stop()
     records, verdict = await checked(run, arm, complete=last >= count)
-    if last >= count:
+    if first < last >= count:
         # By the broker's clock, which is finer than how often it was asked.
         times = sorted(record.at_ms for record in records)
         last, seconds = len(times), (times[-1] - times[first]) / 1000
@@ -159,7 +161,7 @@ async def checked(run: Run, arm: Arm, *, complete: bool) -> tuple[list[Seen], Ve
     return records, verdict
 
 
-async def _reach(written: Callable[[], Awaitable[int]], wanted: int, most_seconds: float | None = None) -> int:
+async def reach(written: Callable[[], Awaitable[int]], wanted: int, most_seconds: float | None = None) -> int:
     """Wait for so many records, or for so long; how many there are then."""
     began = moved = time.monotonic()
     count = 0
@@ -175,7 +177,7 @@ async def _reach(written: Callable[[], Awaitable[int]], wanted: int, most_second
     return count
 
 
-async def _settled(stage: Stage, arm: Arm, run: Run) -> Cpu:
+async def settled(stage: Stage, arm: Arm, run: Run) -> Cpu:
     """Wait until all that is in Kafka is settled too; what has been used by then, our asking left out."""
     began = time.monotonic()
     while time.monotonic() - began < _STANDSTILL_SECONDS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from bench.memory import EIGHT_KB
 from bench.summary import Summary
 
 
@@ -53,6 +54,8 @@ _GOALS = (
     _Goal("idle, % of a core", lambda s: s["idle"]["cpu_percent"], 1, False),
     _Goal("idle, statements a second", lambda s: s["idle"]["statements_per_second"], 2, False),
     _Goal("memory, MB", lambda s: s["rss_mb"], 120, False),
+    _Goal("memory with rows of 8 KB, MB", lambda s: s["memory"]["peak_mb"][EIGHT_KB], 120, False),
+    _Goal("memory whatever the rows, of the stated bound", lambda s: s["memory"]["of_bound"], 1, False),
     _Goal("10 million sent rows, of the clean rate", lambda s: s["sent"]["10 M sent"]["ratio"], 0.9, True),
     _Goal("100,000 parked rows, of the clean rate", lambda s: s["conditions"]["100,000 parked"]["ratio"], 0.9, True),
     _Goal("xmin held, of the clean rate", lambda s: s["conditions"]["xmin held"]["ratio"], 0.7, True),

@@ -21,7 +21,8 @@ CREATE TABLE bench_ledger (n bigint NOT NULL, k integer NOT NULL, v integer NOT 
 
 _SECONDS = 120.0
 _POLL_SECONDS = 5.0
-_AT_ONCE = 10_000
+#: Of 1 MB each they are 200 MB here.
+_AT_ONCE = 200
 
 #: How a payload begins, also where it arrives as a JSON string.
 _HEAD = re.compile(rb'^"?\{\\?"n\\?": ?(\d+), ?\\?"k\\?": ?(\d+), ?\\?"v\\?": ?(\d+),')

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from bench.goals import goals
 from bench.measuring import spread
+from bench.memory import TIMES, TIMES_ALONE
 from bench.plots import Bar, bars
 from bench.summary import Result, Summary, cpu_of, rate_of, runs_of
 from bench.workloads import BASELINES, OURS, R_DB, R_KAFKA, full
@@ -29,6 +31,11 @@ is what a relay costs. Each figure is the median of its runs, in brackets the lo
 checked: all that was committed is in Kafka, nothing else is, and where an arm offers order per key it is in order.
 """
 
+_BOUND = f"""\
+The bound is what a relay with nothing to do takes, and {TIMES} times `max_in_flight_bytes`; of a single row that is
+larger than its claim's share, {TIMES_ALONE} times its size ([operations](operations.md#how-much-memory-a-relay-takes)).
+Each line is the peak (VmHWM) of a relay of its own, with the settings it ships with."""
+
 _CPU_OF = ("all", "relay", "postgresql", "kafka")
 _TITLES = {
     "drain_300": "A backlog of rows of 300 B",
@@ -43,6 +50,7 @@ _TITLES = {
     "conditions": "Backlogs in bad times",
     "sent": "A backlog in a table with many sent rows",
     "writers": "Writers at 60 % of what the machine takes without a relay",
+    "memory": "Memory, whatever the rows are like",
 }
 
 
@@ -65,6 +73,9 @@ def in_short(figures: Mapping[str, Any]) -> str:
         return f"{figures['rate']:,.0f} messages/s, {cpu_of(figures):.1f} µs CPU a message{repeated}"
     if "latency_ms" in figures:
         return ", ".join(f"{name} {value:.1f} ms" for name, value in figures["latency_ms"].items())
+    if "idle_mb" in figures:
+        cases = figures["cases"].items()
+        return "; ".join(f"{name}: {case['peak_mb']:.0f} of {case['bound_mb']:.0f} MB" for name, case in cases)
     return ", ".join(f"{name} {value:.2f}" for name, value in figures.items() if isinstance(value, float))
 
 
@@ -119,6 +130,8 @@ def _of_workload(workload: str, arms: Mapping[str, Result]) -> list[str]:
         return [*_latency(arms), *_notes(arms)]
     if workload in BASELINES:
         return [_rates(arms, BASELINES[workload])]
+    if workload == "memory":
+        return [part for result in arms.values() for part in _memory(result)]
     lines: list[list[object]] = []
     for name, result in arms.items():
         flat = [dict(_flattened(run)) for run in runs_of(result)]
@@ -182,6 +195,22 @@ def _latency(arms: Mapping[str, Result]) -> list[str]:
     return [_table(["", *shown, "relay, % of a core", "writers' p99, ms", "runs"], lines)]
 
 
+def _memory(result: Result) -> list[str]:
+    runs = runs_of(result)
+    lines: list[list[object]] = [["nothing to do", _spread(runs, itemgetter("idle_mb"), 0), "", "", "", "", len(runs)]]
+    reasons = []
+    for name in runs[0]["cases"]:
+        found = [run["cases"][name] for run in runs]
+        within = all(case["peak_mb"] <= case["bound_mb"] for case in found)
+        relayed = [case for case in found if case["rate"] is not None]
+        rates = [_spread(relayed, rate_of, 0), _spread(relayed, _mb_of, 0)] if relayed else ["", ""]
+        memory = [_spread(found, itemgetter(of), 0) for of in ("peak_mb", "bound_mb")]
+        lines.append([name, *memory, "yes" if within else "no", *rates, len(runs)])
+        reasons += [f"- {name}: parked with {reason}" for reason in {case["reason"] for case in found} - {None}]
+    columns = ["", "peak, MB", "bound, MB", "within it", "messages/s", "MB/s", "runs"]
+    return [_BOUND, _table(columns, lines), *(["\n".join(reasons)] if reasons else [])]
+
+
 def _notes(arms: Mapping[str, Result]) -> list[str]:
     notes = [f"- {name}: {result['note']}" for name, result in arms.items() if result.get("note")]
     return ["\n".join(notes)] if notes else []
@@ -214,6 +243,11 @@ def _plots(results: Iterable[Result]) -> dict[str, tuple[str, str, list[Bar]]]:
                 bar = Bar(result["arm"], values[0], statistics.median(values), values[-1], result["arm"] in OURS)
                 found.setdefault(name, (title, unit, []))[2].append(bar)
     return found
+
+
+def _mb_of(case: Mapping[str, Any]) -> float:
+    """MB of payloads a second."""
+    return float(case["rate"]) * float(case["row_bytes"]) / 1e6
 
 
 def _p50(run: Mapping[str, Any]) -> float:

@@ -79,7 +79,7 @@ async def _outbox(run: Run, rows: Rows) -> None:
     async with connected(run.database_url) as connection:
         await connection.execute(LEDGER)
     await arm.prepare(run)
-    await write_backlog(run, arm, rows.count)
+    await write_backlog(run, arm, rows)
 
 
 async def _claim_and_mark(stage: Stage, run: Run, count: int, batch: int, claims: int) -> Tried:

@@ -79,7 +79,7 @@ class Stage:
             url = await asyncio.to_thread(self.postgres.create_database, name)
             async with connected(url) as connection:
                 await connection.execute(rows.fill(), timeout=_SECONDS)
-                await connection.execute("VACUUM (ANALYZE) bench_rows", timeout=_SECONDS)
+                await connection.execute("VACUUM (ANALYZE)", timeout=_SECONDS)  # bench_rows may be a view
             self._templates[rows] = name
         return self._templates[rows]
 

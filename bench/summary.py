@@ -42,6 +42,8 @@ def summarise(results: Iterable[Result]) -> Summary:
         summary["sustained"] = median(ours["sustained"], itemgetter("written_per_second"))
     if "writers" in ours:
         summary["writers"] = _writers(ours["writers"])
+    if "memory" in ours:
+        summary["memory"] = _memory(ours["memory"])
     for workload, baseline in BASELINES.items():
         if baseline in by_workload.get(workload, {}):
             summary[workload] = _ratios(by_workload[workload], baseline)
@@ -102,6 +104,18 @@ def _writers(result: Result) -> Summary:
         "due_per_second": median(result, itemgetter("due_per_second")),
         "rate_kept": median(result, lambda run: run["written_per_second"] / run["due_per_second"]),
         "p99_ratio": median(result, lambda run: run["beside_ms"]["p99"] / run["alone_ms"]["p99"]),
+    }
+
+
+def _memory(result: Result) -> Summary:
+    runs = runs_of(result)
+    return {
+        "idle_mb": median(result, itemgetter("idle_mb")),
+        "peak_mb": {
+            name: statistics.median(run["cases"][name]["peak_mb"] for run in runs) for name in runs[0]["cases"]
+        },
+        # A bound is exceeded if it ever is, so the worst of all.
+        "of_bound": max(case["peak_mb"] / case["bound_mb"] for run in runs for case in run["cases"].values()),
     }
 
 

@@ -12,6 +12,7 @@ from bench.arms.registry import ARMS
 from bench.conditions import CLEAN, Condition, Parked, Sent, XminHeld
 from bench.drain import RunFailedError, drain
 from bench.idle import idle
+from bench.memory import memory
 from bench.roofs import COMBINATIONS, QUICK_COMBINATIONS, Tried, database_roof, kafka_roof
 from bench.rows import Rows, Spread
 from bench.stage import Stage
@@ -73,6 +74,7 @@ def full() -> list[Workload]:
         Workload("spread", _spread(200_000), tuple(_SPREADS), 2),
         Workload("sustained", _sustained(6), ("mark",), 1),
         Workload("long", _steady(1_000, 150), ("mark",), 1),
+        Workload("memory", _memory, ("mark",), 1),
     ]
 
 
@@ -178,6 +180,10 @@ def _writers(seconds: float) -> Measure:
         return await writers_beside(stage, partial(_made, name), share=0.6, seconds=seconds, size=300)
 
     return measure
+
+
+async def _memory(stage: Stage, name: str) -> Mapping[str, Any]:
+    return asdict(await memory(stage, partial(_made, name)))
 
 
 def selected(workloads: Sequence[Workload], names: Sequence[str], arms: Sequence[str]) -> list[Workload]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import pytest
 
 import bench.idle
+import bench.memory
 import bench.steady
 from bench.arms import Run
 from bench.arms.loops import Batched, Textbook
@@ -14,8 +16,9 @@ from bench.arms.ours import Delete, Mark
 from bench.conditions import Condition, Parked, Sent, XminHeld
 from bench.drain import RunFailedError, drain
 from bench.idle import idle
+from bench.memory import Case, memory
 from bench.roofs import database_roof, kafka_roof
-from bench.rows import KEYS, Rows, Spread
+from bench.rows import KEYS, LargeRows, Rows, Spread
 from bench.stage import Stage, connected
 from bench.steady import after_silence, steady, writers_beside
 from outbox_relay.servers import Kafka, KafkaServer, Postgres
@@ -108,16 +111,55 @@ async def test_an_idle_relay(stage: Stage) -> None:
     assert found.rss_mb > 10
 
 
+MEGABYTES = Case("megabytes", LargeRows(120, 1_000_000))
+TOO_LARGE = Case("too large", LargeRows(1, 3_000_000, Spread.ONE), refused=True)
+
+
+async def test_memory_by_case(stage: Stage) -> None:
+    found = await memory(stage, Mark, cases=(MEGABYTES, TOO_LARGE))
+    megabytes, too_large = found.cases["megabytes"], found.cases["too large"]
+    assert min(megabytes.peak_mb, too_large.peak_mb) > 10
+    assert megabytes.bound_mb == pytest.approx(found.idle_mb + 40)
+    assert (megabytes.rate or 0) > 0
+    assert too_large.rate is None
+    assert "max.message.bytes" in (too_large.reason or "")
+
+
+class Hoards(Mark):
+    """Claims all that there is."""
+
+    settings: ClassVar[Mapping[str, Any]] = {"max_in_flight_bytes": 1_000_000_000}
+
+
+class Takes(Mark):
+    """Its rows are within what Kafka takes, although they are said not to be."""
+
+    def insert(self, rows: str) -> str:
+        return super().insert(rows).replace("rows.payload", "left(rows.payload, 300)")
+
+
+async def test_a_relay_that_takes_more_than_is_stated_is_told(stage: Stage) -> None:
+    found = (await memory(stage, Hoards, cases=(MEGABYTES,))).cases["megabytes"]
+    assert found.peak_mb > found.bound_mb
+
+
+async def test_a_row_that_is_not_refused_is_no_result(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.memory, "_PARKED_SECONDS", 1.0)
+    with pytest.raises(RunFailedError, match="isn't parked"):
+        await memory(stage, Takes, cases=(TOO_LARGE,))
+
+
 @pytest.mark.parametrize("size", [300, 1024])
+@pytest.mark.parametrize("kind", [Rows, LargeRows])
 @pytest.mark.parametrize("spread", Spread)
-async def test_rows_have_their_size_and_their_keys(stage: Stage, size: int, spread: Spread) -> None:
-    async with stage.run(Rows(4_000, size, spread)) as run:
+async def test_rows_have_their_size_and_their_keys(stage: Stage, size: int, kind: type[Rows], spread: Spread) -> None:
+    async with stage.run(kind(4_000, size, spread)) as run:
         counts = await _counts(run)
     assert counts["sizes"] == [size]
     assert counts["payloads"] == 4_000
     assert counts["broken"] == 0, "each payload is JSON of its own n, k and v, and a key's versions are without a gap"
     assert counts["keys"] <= KEYS
-    largest = {Spread.EVEN: 4, Spread.HOT: 2_002, Spread.ZIPF: 534}[spread]
+    largest = {Spread.EVEN: 4, Spread.HOT: 2_002, Spread.ZIPF: 534, Spread.ONE: 4_000}[spread]
     assert counts["largest"] == pytest.approx(largest, rel=0.01)
 
 
