@@ -31,7 +31,7 @@ from outbox_relay.source.pruning import Pruner
 from outbox_relay.source.session import Database, Session
 from outbox_relay.source.slots import Slots
 from outbox_relay.source.statements import OutboxTable
-from outbox_relay.telemetry import Telemetry
+from outbox_relay.telemetry import PROGRESS_INTERVAL_SECONDS, Telemetry
 
 EXIT_OK = 0
 #: Stopped before everything in flight was settled.
@@ -85,6 +85,13 @@ async def _collect_garbage_now_and_then() -> None:
     while True:
         await asyncio.sleep(_SECONDS_BETWEEN_COLLECTIONS)
         gc.collect()
+
+
+async def _say_progress(telemetry: Telemetry) -> None:
+    """By the clock, so that it is said of the last row too, after which nothing comes."""
+    while True:
+        await asyncio.sleep(PROGRESS_INTERVAL_SECONDS)
+        telemetry.progress()
 
 
 async def dry_run(config: Config) -> list[str]:
@@ -205,8 +212,12 @@ async def _run(config: Config, telemetry: Telemetry, signals: _Signals, *, once:
     heartbeat: asyncio.Future[Any] = asyncio.ensure_future(slots.run())
     running: asyncio.Future[Any] = asyncio.ensure_future(_run_lanes(relays, sources))
     pruner = _pruner(config, database, slots, telemetry)
-    collecting = asyncio.ensure_future(_collect_garbage_now_and_then())
-    besides = [heartbeat, collecting, *([asyncio.ensure_future(pruner.run())] if pruner is not None else [])]
+    besides = [
+        heartbeat,
+        asyncio.ensure_future(_collect_garbage_now_and_then()),
+        asyncio.ensure_future(_say_progress(telemetry)),
+        *([asyncio.ensure_future(pruner.run())] if pruner is not None else []),
+    ]
     try:
         forced = False
         # What runs besides and ends has met a defect: nothing may go on without it.

@@ -15,6 +15,7 @@ import structlog
 from outbox_relay.errors import SourceRefusedError, SourceUnavailableError
 from outbox_relay.message import Delivered, Outcome, Record, Retry, Scope
 
+#: How often :meth:`Telemetry.progress` is to be called.
 PROGRESS_INTERVAL_SECONDS = 10.0
 #: An outage that lasts is repeated this seldom.
 REPEAT_INTERVAL_SECONDS = 30.0
@@ -39,6 +40,9 @@ class Telemetry:
         #: Of the first claim that is counted; None: nothing is, so that no idle time is.
         self._progress_from: float | None = None
         self._published_at = 0.0
+        #: Claims whose answers aren't there, and since when there are some that nothing before counts.
+        self._claims_out = 0
+        self._out_since = 0.0
 
     # -- the process
 
@@ -62,7 +66,7 @@ class Telemetry:
         self._log.error("relay.failed", error=type(error).__name__, reason="a defect of outbox-relay", exc_info=error)
 
     def stopped(self, exit_code: int) -> None:
-        self._say_progress(self._published_at)
+        self.progress()
         self._log.info("relay.stopped", exit_code=exit_code)
 
     # -- outages: one line at the start, one now and then, one at the end
@@ -133,15 +137,13 @@ class Telemetry:
     # -- rows
 
     def claimed(self, records: Sequence[Record]) -> None:
-        now = time.monotonic()
-        if (
-            self._delivered
-            and self._progress_from is not None
-            and now - self._progress_from >= PROGRESS_INTERVAL_SECONDS
-        ):
-            self._say_progress(self._published_at)  # since when there was nothing to send
-        if self._progress_from is None:
-            self._progress_from = now
+        if records:
+            now = time.monotonic()
+            if not self._claims_out:
+                self._out_since = now
+            self._claims_out += 1
+            if self._progress_from is None:
+                self._progress_from = now
         if self._lists_ids:
             self._log.debug("claim.made", rows=len(records), ids=[record.id for record in records])
 
@@ -152,24 +154,23 @@ class Telemetry:
             self._log.debug("claim.published", delivered=delivered, ids=ids)
         self._delivered += delivered
         self._not_delivered += len(outcomes) - delivered
-        now = self._published_at = time.monotonic()
-        if self._progress_from is None:  # claimed before what was said last
-            self._progress_from = now
-        if now - self._progress_from >= PROGRESS_INTERVAL_SECONDS:
-            self._say_progress(now)
+        self._claims_out -= 1
+        self._published_at = self._out_since = time.monotonic()
 
-    def _say_progress(self, now: float) -> None:
-        if self._progress_from is not None and (self._delivered or self._not_delivered):
-            seconds = now - self._progress_from
-            self._log.info(
-                "relay.progress",
-                delivered=self._delivered,
-                not_delivered=self._not_delivered,
-                seconds=round(seconds, 3),
-                per_second=round(self._delivered / max(0.001, seconds), 1),
-            )
+    def progress(self) -> None:
+        """What was published since the last such line, if anything was."""
+        if self._progress_from is None or not (self._delivered or self._not_delivered):
+            return
+        seconds = self._published_at - self._progress_from
+        self._log.info(
+            "relay.progress",
+            delivered=self._delivered,
+            not_delivered=self._not_delivered,
+            seconds=round(seconds, 3),
+            per_second=round(self._delivered / max(0.001, seconds), 1),
+        )
         self._delivered = self._not_delivered = 0
-        self._progress_from = None
+        self._progress_from = self._out_since if self._claims_out else None
 
     def settled(self, ids: Collection[int]) -> None:
         if self._lists_ids:
