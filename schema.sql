@@ -79,7 +79,7 @@ CREATE TABLE outbox_parked (
     -- How often Kafka refused the row for a fault of its own.
     attempts   integer     NOT NULL DEFAULT 0,
     due_at     timestamptz,
-    -- Since when it waits; of a discarded row, when that was decided.
+    -- Since when it waits, tries included; of a row that is dead or discarded, since when it is that.
     parked_at  timestamptz NOT NULL DEFAULT now(),
     -- The last refusal: its class, and what to do.
     error      text,

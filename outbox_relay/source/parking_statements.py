@@ -130,7 +130,7 @@ RETURNING p.bucket, p.line, p.topic, p.key
 """
 
 # A row that kept failing may be held by its state alone: only a refusal of its own (retry) counts an attempt, and only
-# once, though the commit that parked it was in doubt.
+# once, though the commit that parked it was in doubt. What was tried in vain has waited all the while.
 _PARK = """
 -- park
 WITH asked AS MATERIALIZED (
@@ -162,7 +162,8 @@ CROSS JOIN LATERAL (
 ) AS n
 ON CONFLICT (id) DO UPDATE SET
     bucket = excluded.bucket, topic = excluded.topic, key = excluded.key,
-    state = excluded.state, attempts = excluded.attempts, due_at = excluded.due_at, parked_at = now(),
+    state = excluded.state, attempts = excluded.attempts, due_at = excluded.due_at,
+    parked_at = CASE excluded.state WHEN 'dead' THEN now() ELSE p.parked_at END,
     error = coalesce(excluded.error, p.error), reason = coalesce(excluded.reason, p.reason)
 RETURNING p.id, p.bucket, p.topic, p.key, p.state, p.attempts,
           extract(epoch FROM p.due_at - now())::float8 AS due_seconds

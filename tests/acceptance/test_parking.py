@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import asyncpg
 import pytest
@@ -128,6 +128,47 @@ async def test_a_row_refused_to_the_end_is_dead_with_its_reason_and_is_not_tried
     await world.insert(record(5, "a"), record(6, "b"))
     assert await until(source, connection, {1: "dead", 3: "blocked", 5: "blocked"}) == [6]
     assert tried.count(1) == 3
+
+
+async def test_a_row_that_is_tried_again_in_vain_keeps_since_when_it_waits(
+    world: PostgresWorld, connection: asyncpg.Connection
+) -> None:
+    await world.insert(record(1, "a"), record(2, "b", topic="gone"))
+    source = await world.source(policies=Policies(QUICK, Policy(max_attempts=1_000)))
+    tried: list[int] = []
+
+    def wrong(each: Record) -> Retry | None:
+        tried.append(each.id)
+        return missing(each) if each.topic == "gone" else refused(each)
+
+    async def meet(reached: Callable[[], Awaitable[bool]], what: str) -> None:
+        async def met() -> bool:
+            await step(source, wrong)
+            return await reached()
+
+        await eventually(met, what)
+
+    async def are_parked() -> bool:
+        return set(await states(connection)) == {1, 2}
+
+    async def are_tried() -> bool:
+        return min(tried.count(1), tried.count(2)) >= 3
+
+    async def is_dead() -> bool:
+        return (await states(connection))[1] == "dead"
+
+    await meet(are_parked, "both wait")
+    await connection.execute("UPDATE outbox_parked SET parked_at = parked_at - interval '1 hour'")
+    since = dict(await connection.fetch("SELECT id, parked_at FROM outbox_parked"))
+    tried.clear()
+    await meet(are_tried, "each is tried three times more")
+    await meet(are_parked, "both wait again")
+    assert dict(await connection.fetch("SELECT id, parked_at FROM outbox_parked")) == since
+    # Dead it is only now.
+    await source.release()
+    source = await world.source(policies=Policies(QUICK, Policy(max_attempts=1)))
+    await meet(is_dead, "it is dead")
+    assert await connection.fetchval("SELECT parked_at FROM outbox_parked WHERE id = 1") > since[1]
 
 
 async def test_attempts_and_waiting_outlive_the_relay(world: PostgresWorld, connection: asyncpg.Connection) -> None:
