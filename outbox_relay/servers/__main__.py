@@ -14,12 +14,12 @@ import click
 
 from outbox_relay.errors import ServerError
 from outbox_relay.servers import Kafka, Postgres, open_kafka, open_postgres
-from outbox_relay.servers.topics import create_topic
+from outbox_relay.servers.topics import TopicExistsError, create_topic
 
 _NAMES = ("DATABASE_URL", "KAFKA_BOOTSTRAP_SERVERS")
 
 #: How a configuration begins that may be written anew.
-_WRITTEN_HERE = "# Written by python -m outbox_relay.servers, which writes it anew each time.\n"
+_WRITTEN_HERE = "# Written by python -m outbox_relay.servers, which writes it anew each time"
 
 _CONFIG = """\
 [database]
@@ -44,12 +44,12 @@ def main(context: click.Context, path: Path | None) -> None:
     if context.invoked_subcommand is not None:
         return
     named = [name for name in _NAMES if os.environ.get(name)]
+    if path is not None:
+        _check_config(path, named)
     if len(named) == len(_NAMES):
         _say("both are set already; nothing to start. Unset them to have servers of your own here:")
         _say(f"unset {' '.join(_NAMES)}")
         return
-    if path is not None:
-        _check_config(path, named)
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell may have had the latter ignored
         signal.signal(number, signal.default_int_handler)
     with closing(open_postgres(_say)) as postgres, closing(open_kafka(_say)) as kafka:
@@ -64,7 +64,9 @@ def main(context: click.Context, path: Path | None) -> None:
 def _check_config(path: Path, named: list[str]) -> None:
     """Before anything is started."""
     if named:
-        raise click.UsageError(f"--config is for servers that are both started here: unset {named[0]}")
+        raise click.UsageError(
+            f"--config is for servers that are both started here, so nothing was written: unset {' '.join(named)}"
+        )
     try:
         if path.exists() and not path.read_text("utf-8").startswith(_WRITTEN_HERE):
             raise click.UsageError(f"{path} is there already, and wasn't written here: give another name, or move it")
@@ -74,7 +76,8 @@ def _check_config(path: Path, named: list[str]) -> None:
 
 def _write_config(path: Path, postgres: Postgres, kafka: Kafka) -> None:
     servers = json.dumps(kafka.bootstrap_servers.split(","))
-    text = _WRITTEN_HERE + _CONFIG.format(url=json.dumps(postgres.url), bootstrap_servers=servers)
+    settings = _CONFIG.format(url=json.dumps(postgres.url), bootstrap_servers=servers)
+    text = f"{_WRITTEN_HERE}: copy it before you change it.\n{settings}"
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -95,9 +98,13 @@ def _until(postgres: Postgres, kafka: Kafka) -> str:
 @click.argument("name")
 @click.option("--partitions", default=3, show_default=True)
 def topic(name: str, partitions: int) -> None:
-    """Make a topic on the Kafka of KAFKA_BOOTSTRAP_SERVERS."""
+    """Make a topic on the Kafka of KAFKA_BOOTSTRAP_SERVERS, unless it is there."""
     servers = os.environ.get("KAFKA_BOOTSTRAP_SERVERS", "localhost:9092")
-    asyncio.run(create_topic(servers, name, partitions))
+    try:
+        asyncio.run(create_topic(servers, name, partitions))
+    except TopicExistsError:
+        click.echo(f"the topic {name} is there already on {servers}, and stays as it is")
+        return
     click.echo(f"made the topic {name} with {partitions} partition{'s' * (partitions != 1)} on {servers}")
 
 

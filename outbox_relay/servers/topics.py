@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaError, for_code
+from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from outbox_relay.errors import ServerError
 
@@ -14,12 +14,16 @@ _SECONDS = 30.0
 _MOST_REPLICAS = 3
 
 
+class TopicExistsError(ServerError):
+    """There is such a topic already, with whatever partitions and settings; it was left as it is."""
+
+
 async def create_topic(
     bootstrap_servers: str, name: str, partitions: int = 1, config: Mapping[str, str] | None = None
 ) -> None:
     """Make a topic, on three brokers where there are so many, and wait until each of its partitions has a leader.
 
-    Raises :class:`ServerError`.
+    Raises :class:`ServerError`, :class:`TopicExistsError` among them.
     """
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
     try:
@@ -30,7 +34,8 @@ async def create_topic(
             response = await admin.create_topics([topic])
             for _, code, message in response.topic_errors:
                 if code:
-                    raise ServerError(f"topic {name!r} could not be made: {message or for_code(code).__name__}")
+                    kind = TopicExistsError if code == TopicAlreadyExistsError.errno else ServerError
+                    raise kind(f"topic {name!r} could not be made: {message or for_code(code).__name__}")
             while not await _has_leaders(admin, name, partitions):  # noqa: ASYNC110 - only asking tells
                 await asyncio.sleep(0.02)
     except (KafkaError, TimeoutError) as error:

@@ -45,12 +45,18 @@ async def test_both_run_until_they_are_interrupted(kafka: Kafka, tmp_path: Path)
             assert settings.database.url == exported["DATABASE_URL"]
             assert ",".join(settings.kafka.bootstrap_servers) == exported["KAFKA_BOOTSTRAP_SERVERS"]
             assert settings.kafka.allowed_topics == ["orders"]
+            assert path.read_text().splitlines()[0].endswith("writes it anew each time: copy it before you change it.")
             connection = await asyncpg.connect(exported["DATABASE_URL"])
             await connection.close()
             made = run("topic", "orders", **exported)
             assert made.returncode == 0
             assert made.stdout == (
                 f"made the topic orders with 3 partitions on {exported['KAFKA_BOOTSTRAP_SERVERS']}\n"
+            )
+            again = run("topic", "orders", "--partitions", "5", **exported)
+            assert (again.returncode, again.stderr) == (0, "")
+            assert again.stdout == (
+                f"the topic orders is there already on {exported['KAFKA_BOOTSTRAP_SERVERS']}, and stays as it is\n"
             )
             admin = AIOKafkaAdminClient(bootstrap_servers=exported["KAFKA_BOOTSTRAP_SERVERS"])
             await admin.start()
@@ -103,6 +109,10 @@ def test_no_configuration_of_somebody_s_own_is_written_over(tmp_path: Path) -> N
     ended = run("--config", str(tmp_path / "other.toml"), KAFKA_BOOTSTRAP_SERVERS="localhost:1")
     assert ended.returncode == 2
     assert "unset KAFKA_BOOTSTRAP_SERVERS" in ended.stderr
+    ended = run("--config", str(tmp_path / "other.toml"), DATABASE_URL="x", KAFKA_BOOTSTRAP_SERVERS="localhost:1")
+    assert ended.returncode == 2
+    assert "so nothing was written: unset DATABASE_URL KAFKA_BOOTSTRAP_SERVERS" in ended.stderr
+    assert not (tmp_path / "other.toml").exists()
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
