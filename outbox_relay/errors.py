@@ -31,6 +31,10 @@ class MissingMessageIdError(OutboxRelayError):
     """A consumed message has no id, or none that can be used, so it can't be told from its repeats."""
 
 
+class NoHandlerError(OutboxRelayError):
+    """A consumed message is of a topic and a type for which a consumer has no handler."""
+
+
 class UnguardedMessageError(OutboxRelayError):
     """A consumed message lacks what the state guard goes by, so it can't be told whether it comes late."""
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from outbox_relay.errors import ClaimLostError, MissingMessageIdError, OutboxRelayError
+from outbox_relay.errors import ClaimLostError, MissingMessageIdError, NoHandlerError, OutboxRelayError
 from outbox_relay.inbox.closing import Closing
 from outbox_relay.inbox.ids import header
 from outbox_relay.inbox.letters import DeadLetterTopic
@@ -28,6 +28,10 @@ class PermanentError(OutboxRelayError):
     """Raised by a handler: trying again is of no use."""
 
 
+#: What no further try mends.
+_FINAL = (PermanentError, MissingMessageIdError, NoHandlerError)
+
+
 @dataclass
 class Tries:
     """Of one message, since its partition was assigned."""
@@ -39,7 +43,7 @@ class Tries:
 
     def failed(self, error: Exception) -> None:
         self.failures += 1
-        is_own = self.handler_was_called or isinstance(error, PermanentError | MissingMessageIdError)
+        is_own = self.handler_was_called or isinstance(error, _FINAL)
         self.attempts += is_own and not is_outage(error)
 
 
@@ -89,7 +93,7 @@ class Handling:
             return await self._try(message, tries, closing)
         except Exception as error:
             tries.failed(error)
-            is_final = tries.attempts >= self._max_attempts or isinstance(error, PermanentError | MissingMessageIdError)
+            is_final = tries.attempts >= self._max_attempts or isinstance(error, _FINAL)
             if is_final and self._dead_letters is not None:
                 tries.final = error
                 return await self._bury(message, error, tries)
@@ -121,7 +125,8 @@ class Handling:
         type_ = (header(message, "type") or b"").decode("utf-8", "replace") or None
         handler = self._handlers.get((message.topic, type_)) or self._handlers.get((message.topic, None))
         if handler is None:
-            raise PermanentError(f"no handler for messages of type {type_!r} of topic {message.topic!r}")
+            which = "without a type" if type_ is None else f"of type {type_!r}"
+            raise NoHandlerError(f"no handler for messages {which} of topic {message.topic!r}")
         return handler
 
     async def _in_postgresql(self, handler: Handler, message: Any, tries: Tries) -> bool:

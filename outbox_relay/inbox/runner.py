@@ -303,6 +303,9 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 state.beginning.cancel()
         await asyncio.gather(*(self._partitions[each].queues.close(self._grace_seconds) for each in ours))
         await self._commit(ours)
+        if self._stopping.is_set():
+            # Nothing more is handled, and what is left of the partitions is still known.
+            self._telemetry.say_progress(self._lag, is_last=True)
         for partition in ours:
             # A rebalance and the end of run() may come together.
             if (state_left := self._partitions.pop(partition, None)) is not None:

@@ -8,7 +8,12 @@ from typing import Any
 
 import structlog
 
+from outbox_relay.errors import MissingMessageIdError, NoHandlerError, NotInTransactionError
+
 _PROGRESS_SECONDS = 10.0
+_LONGEST_REASON = 1_000
+#: Errors of the project's own, whose text has names and numbers, but no key and no payload.
+_TELLABLE = (MissingMessageIdError, NoHandlerError, NotInTransactionError)
 
 
 class Telemetry:
@@ -23,11 +28,11 @@ class Telemetry:
         self._handled += new
         self._repeated += repeated
 
-    def say_progress(self, lag: Callable[[], int]) -> None:
+    def say_progress(self, lag: Callable[[], int], *, is_last: bool = False) -> None:
         """Now and then, and only where there was something."""
         now = time.monotonic()
         counts = self._handled, self._repeated, self._failed, self._dead
-        if now - self._said_at < _PROGRESS_SECONDS or not any(counts):
+        if not any(counts) or (now - self._said_at < _PROGRESS_SECONDS and not is_last):
             return
         self._log.info(
             "consumer.progress",
@@ -61,6 +66,7 @@ class Telemetry:
             partition=message.partition,
             offset=message.offset,
             error=type(error).__name__,
+            reason=_reason(error),
             attempts=attempts,
             retry_in_seconds=retry_in_seconds,
         )
@@ -73,6 +79,7 @@ class Telemetry:
             partition=message.partition,
             offset=message.offset,
             error=type(error).__name__,
+            reason=_reason(error),
             attempts=attempts,
             dead_letter_topic=dead_letter_topic,
         )
@@ -123,3 +130,9 @@ class Telemetry:
             error=type(error).__name__,
             retry_in_seconds=retry_in_seconds,
         )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, _TELLABLE):
+        return str(error)[:_LONGEST_REASON]
+    return "its text may quote the message, so it isn't logged"

@@ -372,6 +372,30 @@ async def test_progress_is_one_line_an_interval(kafka: Kafka, monkeypatch: pytes
     assert lines[-1]["lag"] in (3, 4)
 
 
+async def test_what_was_handled_since_the_last_line_is_said_at_the_stop(
+    kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "_PROGRESS_SECONDS", 3600)
+    topic = await topic_with(kafka, ["a1", "a2", "b1", "b2"])
+    consumer = Consumer(kafka.bootstrap_servers, topic, backoff=Backoff(3600, 3600))
+    begun = asyncio.Event()
+
+    @consumer.handler(topic)
+    async def handle(message: Any) -> None:
+        if message.key == b"b":
+            raise ValueError
+        if message.offset == 1:
+            begun.set()
+            await consumer._stopping.wait()  # in work when it is told to stop
+
+    with capture_logs() as logs:
+        async with running(consumer):
+            await begun.wait()
+            await eventually(lambda: any(line["event"] == "message.failed" for line in logs), "the third has failed")
+    (line,) = (line for line in logs if line["event"] == "consumer.progress")
+    assert (line["handled"], line["repeated"], line["failed"], line["dead"], line["lag"]) == (2, 0, 1, 0, 2)
+
+
 def refused() -> list[tuple[dict[str, Any], type[Exception], str]]:
     return [
         ({"batch_size": 2}, ValueError, "batch_size above 1 needs an Inbox"),
