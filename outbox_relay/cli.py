@@ -76,7 +76,7 @@ def validate(file: Path | None, path: Path | None) -> None:
 
 
 @main.command("status")
-@click.option("--config", "path", type=click.Path(path_type=Path), required=True, help="The TOML file.")
+@outbox_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 @click.option(
     "--window-seconds",
@@ -85,11 +85,10 @@ def validate(file: Path | None, path: Path | None) -> None:
     show_default=True,
     help="How long is counted for the rates.",
 )
-def show_status(path: Path, as_json: bool, window_seconds: float) -> None:
+def show_status(path: Path | None, database_url: str | None, as_json: bool, window_seconds: float) -> None:
     """Say what waits, who works on it, how fast, and when it will be gone; asks the database alone."""
     with failing_clearly():
-        settings = config.load(path)
-        database, table = daemon.database_of(settings), daemon.table_of(settings)
+        database, table = outbox_of(path, database_url)
         found = asyncio.run(status.read(database, table, lambda: asyncio.sleep(window_seconds)))
     if as_json:
         click.echo(json.dumps(found.as_dict()))

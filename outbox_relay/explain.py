@@ -13,7 +13,9 @@ from typing import Any, Literal, TypeAlias
 import asyncpg
 
 from outbox_relay import schema
+from outbox_relay.message import TOPIC_NOT_ALLOWED
 from outbox_relay.source.session import Session
+from outbox_relay.source.slot_statements import UNLOCKED
 from outbox_relay.source.snapshot import one, snapshot
 from outbox_relay.source.statements import OUTBOX, OutboxTable, quoted, topic_of
 from outbox_relay.text import printable, span
@@ -56,10 +58,11 @@ SELECT a.at, a.by_role, a.by_whom, a.reason FROM outbox_audit a
 WHERE a.command = 'dead discard' AND $1 = ANY (a.ids) ORDER BY a.audit_id DESC LIMIT 1
 """
 
-_OWNER = """
+_OWNER = f"""
 -- explain: the owner
 SELECT s.owner, s.taken_at, r.name, r.ready, r.renewed_at,
-       r.renewed_at > now() - make_interval(secs => r.lease_seconds) AS is_alive
+       r.renewed_at > now() - make_interval(secs => r.lease_seconds) AS is_alive,
+       r.direct AND {UNLOCKED} AS is_unlocked
 FROM outbox_slot s LEFT JOIN outbox_relay r ON r.relay_id = s.owner
 WHERE s.slot = $1
 """
@@ -230,7 +233,9 @@ def _topic(row: asyncpg.Record) -> Explanation:
         [
             f"Its topic, {printable(row['topic'])}, can't be written to,"
             f" {_since(row['since'], row['now'])}: {_refusal(row)}.",
-            "It goes on by itself when the topic takes rows again.",
+            "It goes on once its relay is restarted with the topic in kafka.allowed_topics."
+            if row["error"] == TOPIC_NOT_ALLOWED
+            else "It goes on by itself when the topic takes rows again.",
         ],
         {"topic": row["topic"], **_refused(row)},
     )
@@ -271,6 +276,11 @@ def _of_owner(owner: asyncpg.Record, slot: int, now: datetime) -> tuple[Answer |
     named = f"{printable(owner['name'])}, which owns its slot, {slot}, {_since(owner['taken_at'], now)}"
     if not owner["is_alive"]:
         return "owner-lost", f"{named}, wasn't heard of for {_span(owner['renewed_at'], now)}: is it running?"
+    if owner["is_unlocked"]:
+        return "owner-lost", (
+            f"{named}, lost its session, and was heard of {_span(owner['renewed_at'], now)} ago: if it doesn't come"
+            " back, another relay takes over within a few heartbeats. Is one running?"
+        )
     if not owner["ready"]:
         return "owner-not-ready", f"{named}, doesn't reach Kafka: look at its log."
     return None, f"It is for {named}."

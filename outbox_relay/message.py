@@ -21,6 +21,9 @@ DEAD_LETTER_HEADER = "dead-letter-of"
 #: Of copies alone, so the table can't refuse them; an application leaves them to the relay.
 COPY_HEADERS = (REPLAY_HEADER, DEAD_LETTER_HEADER)
 
+#: The ``error`` of rows whose topic the relay itself isn't to write to.
+TOPIC_NOT_ALLOWED = "TopicNotAllowed"
+
 
 # Nobody changes a Record or a Delivered. They aren't frozen, since there is one of each a message, and a frozen one
 # takes two to four times as long to make.

@@ -21,7 +21,7 @@ from aiokafka import errors as kafka_errors
 from outbox_relay.blame import Fault, advice_on, fault_of, name_of
 from outbox_relay.errors import PublisherUnavailableError
 from outbox_relay.kafka_security import PLAINTEXT, KafkaSecurity
-from outbox_relay.message import Outcome, Record
+from outbox_relay.message import TOPIC_NOT_ALLOWED, Outcome, Record
 from outbox_relay.partitioner import Partition, partition_for
 from outbox_relay.producer import Producer
 from outbox_relay.publication import Publication, size_bytes
@@ -42,7 +42,7 @@ _BLAMED = (Fault.ROW, Fault.UNCLEAR)
 #: What isn't waited for when nothing else is under way.
 _HOPELESS = (kafka_errors.UnknownTopicOrPartitionError, kafka_errors.NotEnoughReplicasError)
 
-_NOT_ALLOWED = "add it to kafka.allowed_topics, if it is meant"
+_NOT_ALLOWED = "add it to kafka.allowed_topics, if it is meant, and restart the relay"
 
 
 class KafkaPublisher:
@@ -129,7 +129,7 @@ class KafkaPublisher:
         """Why nothing can be written to the topic, as far as is known without trying; once connected."""
         assert self._producer is not None
         if not is_allowed(topic, self._allowed_topics):
-            return f"TopicNotAllowed, {_NOT_ALLOWED}"
+            return f"{TOPIC_NOT_ALLOWED}, {_NOT_ALLOWED}"
         count = self._producer.partition_count(topic)
         problem = next(filter(None, (self._producer.obstacle((topic, number)) for number in range(count))), None)
         if not count:
@@ -144,7 +144,7 @@ class KafkaPublisher:
         producer = self._producer
         topics = {topic for topic in publication.topics if is_allowed(topic, self._allowed_topics)}
         for topic in publication.topics - topics:
-            publication.refuse_topic(topic, "TopicNotAllowed", _NOT_ALLOWED)
+            publication.refuse_topic(topic, TOPIC_NOT_ALLOWED, _NOT_ALLOWED)
         if any(self._lacks_something(topic) for topic in topics) and not await producer.refresh():
             await self._abandon()
             return False

@@ -405,6 +405,8 @@ def forecast_of(rows: int, rates: Rates) -> Forecast:
 # -- showing it
 
 _STATES = ("retry", "trying", "blocked", "topic", "dead", "discarded")
+#: Those that wait outside of the backlog.
+_WAITING = ("retry", "blocked", "topic", "dead")
 
 
 def as_lines(status: Status) -> Iterator[str]:
@@ -436,28 +438,28 @@ def _fact(value: Any) -> str:
 def as_tables(status: Status) -> Iterator[str]:
     """For a person: sentences, and tables with a heading each."""
     backlog, rates = status.backlog, status.rates
-    rows = f"{'' if backlog.is_exact else 'about '}{backlog.rows:,} rows"
+    rows = f"{'' if backlog.is_exact else 'about '}{_rows(backlog.rows)}"
     age = "" if backlog.oldest_seconds is None else f", the oldest {span(backlog.oldest_seconds)} old"
     yield f"Backlog   {rows}{age}"
     yield (
         f"Rates     {rates.inserted_per_second:,.1f}/s inserted, {rates.sent_per_second:,.1f}/s sent"
         f" (over {rates.over_seconds:.1f} s)"
     )
-    yield f"Forecast  {_in_words(status.forecast)}"
     parked = {name: n for name in _STATES if (n := getattr(status.parked, name))}
+    yield f"Forecast  {_in_words(status.forecast, but_parked=any(name in parked for name in _WAITING))}"
     if parked:
+        keys = status.parked.blocked_keys
         yield (
-            f"Parked    {'' if status.parked.is_exact else 'more than '}"
-            + ", ".join(f"{n:,} {name}" for name, n in parked.items())
-            + f"; {(keys := status.parked.blocked_keys):,} {'key is' if keys == 1 else 'keys are'} blocked"
+            f"Parked    {'' if status.parked.is_exact else 'more than '}{_rows(sum(parked.values()))}: "
+            + ", ".join(f"{n:,} {'for a topic' if name == 'topic' else name}" for name, n in parked.items())
+            + (f"; {keys:,} {'key is' if keys == 1 else 'keys are'} blocked" if keys else "")
             + ("" if (dead := status.parked.oldest_dead_seconds) is None else f"; the oldest dead for {span(dead)}")
         )
     for paused in status.paused:
         yield f"Paused    {printable(paused.topic)}, for {span(paused.since_seconds)}: {printable(paused.reason)}"
     for refused in status.refused:
         why = ", ".join(printable(text) for text in (refused.error, refused.reason) if text) or "no error is known"
-        rows = f"{refused.rows:,} row{'s' * (refused.rows != 1)}"
-        yield f"Refused   {printable(refused.topic)}, {rows} for {span(refused.since_seconds)}: {why}"
+        yield f"Refused   {printable(refused.topic)}, {_rows(refused.rows)} for {span(refused.since_seconds)}: {why}"
     alone = status.slots.without_owner
     yield (
         f"Slots     {status.slots.count - len(alone)} of {status.slots.count} owned"
@@ -491,11 +493,15 @@ def as_tables(status: Status) -> Iterator[str]:
     )
 
 
-def _in_words(forecast: Forecast) -> str:
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"
+
+
+def _in_words(forecast: Forecast, *, but_parked: bool) -> str:
     if forecast.empty_in_seconds is not None:
         return f"shrinking; gone in {span(forecast.empty_in_seconds)} at these rates"
     return {
-        "empty": "nothing waits",
+        "empty": "nothing waits but what is parked" if but_parked else "nothing waits",
         "standing": "standing: no more goes out than comes in",
         "growing": "growing: more comes in than goes out",
     }[forecast.state]

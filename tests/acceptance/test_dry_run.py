@@ -73,7 +73,7 @@ async def test_it_says_what_is_next_and_touches_nothing(
     said = [line[-1] for line in lines]
     assert said[0] == "published"
     assert said[1].startswith("held: UnknownTopicOrPartitionError, create the topic")
-    assert said[2] == "held: TopicNotAllowed, add it to kafka.allowed_topics, if it is meant"
+    assert said[2] == "held: TopicNotAllowed, add it to kafka.allowed_topics, if it is meant, and restart the relay"
 
 
 async def test_a_running_relay_keeps_its_slots(outbox_database: Database, kafka: Kafka, tmp_path: Path) -> None:

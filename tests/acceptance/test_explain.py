@@ -18,7 +18,8 @@ COMMANDS = Path(__file__).parents[2] / "docs" / "commands.md"
 
 OWNED = """
 WITH relay AS (
-    INSERT INTO outbox_relay (name, lease_seconds, ready, direct) VALUES ('orders-1', 60, true, true) RETURNING relay_id
+    INSERT INTO outbox_relay (name, lease_seconds, ready, direct) VALUES ('orders-1', 60, true, false)
+    RETURNING relay_id
 )
 UPDATE outbox_slot SET owner = relay_id, taken_at = now() - interval '2 days' FROM relay
 """
@@ -98,6 +99,12 @@ async def test_topics(outbox_database: Database) -> None:
         "It goes on by itself when the topic takes rows again.\n"
     )
     assert "waits: 1, whose topic can't be written to, or is paused." in await said(outbox_database, behind)
+    other = await insert(connection, "payments", "ada")
+    await park(connection, other, "topic", error="TopicNotAllowed", reason="add it")
+    assert await said(outbox_database, other) == (
+        "Its topic, payments, can't be written to, since T, for S: TopicNotAllowed, add it.\n"
+        "It goes on once its relay is restarted with the topic in kafka.allowed_topics.\n"
+    )
     await outbox_relay(outbox_database, "pause", "orders", "--reason", "moved")
     for each in (id_, behind, await insert(connection, "orders", None)):
         assert await said(outbox_database, each) == (
@@ -168,6 +175,24 @@ async def test_who_should_send_it(outbox_database: Database, monkeypatch: pytest
     assert "wasn't heard of for 3.0 h: is it running?\n" in await said(outbox_database, ids[0])
     await connection.execute("DELETE FROM outbox_relay")
     assert "is gone: start one.\n" in await said(outbox_database, ids[0])
+
+
+async def test_an_owner_whose_session_is_gone(outbox_database: Database) -> None:
+    connection = await outbox_database.connect()
+    id_ = await insert(connection, "orders", "ada")
+    its = await slot(outbox_database, id_)
+    await connection.execute(OWNED)
+    relay_id = await connection.fetchval("UPDATE outbox_relay SET direct = true RETURNING relay_id")
+    lock = "'outbox_relay'::regclass::oid::bigint::bit(32)::integer, $1::integer"
+    await connection.execute(f"SELECT pg_advisory_lock({lock})", relay_id)
+    assert (await answer(outbox_database, id_))["answer"] == "queued"
+    await connection.execute(f"SELECT pg_advisory_unlock({lock})", relay_id)
+    assert (await answer(outbox_database, id_))["answer"] == "owner-lost"
+    assert await said(outbox_database, id_) == (
+        "It is the next of its bucket.\n"
+        f"orders-1, which owns its slot, {its}, since T, for 2.0 d, lost its session, and was heard of S ago: if it"
+        " doesn't come back, another relay takes over within a few heartbeats. Is one running?\n"
+    )
 
 
 def test_every_answer_is_documented() -> None:

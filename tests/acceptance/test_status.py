@@ -267,6 +267,31 @@ async def test_json_text_and_tables(outbox_database: Database, tmp_path: Path) -
     assert await connection.fetch("SELECT *, xmin, ctid FROM outbox ORDER BY id") == before
 
 
+async def test_the_database_is_named_as_for_operators_commands(
+    outbox_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "outbox_relay", "status", "--window-seconds", "0.1", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        return done.returncode, done.stdout or done.stderr
+
+    elsewhere = str(config(tmp_path, NOWHERE))
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    code, text = await asyncio.to_thread(said)
+    assert (code, text) == (78, "which database is meant? Give --config or --database-url, or set DATABASE_URL\n")
+    for arguments in (
+        ["--database-url", outbox_database.url],
+        ["--database-url", outbox_database.url, "--config", elsewhere],
+    ):
+        code, text = await asyncio.to_thread(said, *arguments)
+        assert (code, text.splitlines()[0]) == (0, "backlog.rows 0")
+    monkeypatch.setenv("DATABASE_URL", outbox_database.url)
+    code, text = await asyncio.to_thread(said)
+    assert (code, text.splitlines()[0]) == (0, "backlog.rows 0")
+    code, _ = await asyncio.to_thread(said, "--config", elsewhere)
+    assert code == 69
+
+
 def on_a_terminal(path: Path) -> str:
     ours, theirs = pty.openpty()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,7 +103,7 @@ def test_a_person_gets_tables() -> None:
         "Backlog   1,280 rows, the oldest 4.2 s old\n"
         "Rates     310.0/s inserted, 950.0/s sent (over 2.0 s)\n"
         "Forecast  shrinking; gone in 2.0 h at these rates\n"
-        "Parked    2 retry, 1,100 blocked, 1 dead; 2 keys are blocked; the oldest dead for 9.0 s\n"
+        "Parked    1,103 rows: 2 retry, 1,100 blocked, 1 dead; 2 keys are blocked; the oldest dead for 9.0 s\n"
         "Paused    bad\\x1b[2J, for 2.0 h: moved\n"
         "Refused   payments, 80 rows for 3.0 min: UnknownTopicOrPartitionError, create\\x1b[2J the topic\n"
         "Slots     12 of 16 owned; the rows of these wait: 8-10 15\n"
@@ -117,6 +118,47 @@ def test_a_person_gets_tables() -> None:
         "orders-1  7   yes            yes        0.4 s ago    0-2 4\n"
         "orders-2  8   no             pooled     2.2 min ago  -"
     )
+
+
+NOTHING = Parked(
+    is_exact=True,
+    retry=0,
+    trying=0,
+    blocked=0,
+    topic=0,
+    dead=0,
+    discarded=0,
+    blocked_keys=0,
+    oldest_seconds=None,
+    oldest_dead_seconds=None,
+)
+
+
+@pytest.mark.parametrize(
+    ("parked", "forecast", "said"),
+    [
+        ({}, "nothing waits", None),
+        ({"topic": 1}, "nothing waits but what is parked", "1 row: 1 for a topic"),
+        (
+            {"topic": 2, "dead": 1, "blocked_keys": 1},
+            "nothing waits but what is parked",
+            "3 rows: 2 for a topic, 1 dead; 1 key is blocked",
+        ),
+        ({"discarded": 1}, "nothing waits", "1 row: 1 discarded"),
+    ],
+)
+def test_a_row_that_waits_for_its_topic_is_no_topic_and_waits(
+    parked: dict[str, Any], forecast: str, said: str | None
+) -> None:
+    idle = dataclasses.replace(
+        BUSY,
+        backlog=Backlog(0, is_exact=True, oldest_seconds=None),
+        parked=dataclasses.replace(NOTHING, **parked),
+        forecast=Forecast("empty", None),
+    )
+    lines = list(status.as_tables(idle))
+    assert lines[2] == f"Forecast  {forecast}"
+    assert [line for line in lines if line.startswith("Parked")] == ([] if said is None else [f"Parked    {said}"])
 
 
 def test_what_is_estimated_says_so() -> None:
