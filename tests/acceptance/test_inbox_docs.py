@@ -51,6 +51,17 @@ async def connection(database: Database) -> asyncpg.Connection:
     return connection
 
 
+async def orders_in(kafka: Kafka, ids: str, *, type_: bytes | None = None) -> str:
+    """A new topic with a message for each character; the same one again has the same id."""
+    topic = f"orders-{uuid4().hex}"
+    await kafka.create_topic(topic)
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all") as producer:
+        for id_ in ids:
+            headers = [("id", b"m" + id_.encode()), *([] if type_ is None else [("type", type_)])]
+            await producer.send_and_wait(topic, b"{}", key=id_.encode(), headers=headers)
+    return topic
+
+
 def test_every_example_is_tested_here() -> None:
     assert set(re.findall(r"<!-- tested: (\w+) -->", GUIDE)) == {
         *("consumer", "batch", "prune", "runner", "asyncpg", "faststream", "offsets", "transform", "redis", "guard")
@@ -69,11 +80,7 @@ def test_what_it_links_to_exists() -> None:
 async def test_each_order_is_charged_once(
     database: Database, connection: asyncpg.Connection, kafka: Kafka, name: str
 ) -> None:
-    topic = f"orders-{uuid4().hex}"
-    await kafka.create_topic(topic)
-    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all") as producer:
-        for id_ in ("1", "2", "1", "3", "2", "3", "4"):
-            await producer.send_and_wait(topic, b"{}", key=id_.encode(), headers=[("id", b"m" + id_.encode())])
+    topic = await orders_in(kafka, "1213234")
     defined = examples("consumer", "batch", "prune")
     async with (
         asyncpg.create_pool(database.url, min_size=1, max_size=1) as pool,
@@ -101,12 +108,7 @@ async def test_each_order_is_charged_once(
 async def test_the_runner_charges_each_order_once(
     database: Database, connection: asyncpg.Connection, kafka: Kafka
 ) -> None:
-    topic = f"orders-{uuid4().hex}"
-    await kafka.create_topic(topic)
-    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all") as producer:
-        for id_ in ("1", "2", "1", "3"):
-            headers = [("id", b"m" + id_.encode()), ("type", b"order.placed")]
-            await producer.send_and_wait(topic, b"{}", key=id_.encode(), headers=headers)
+    topic = await orders_in(kafka, "1213", type_=b"order.placed")
     async with engine_of(database.url) as engine:
         sessions = async_sessionmaker(engine)
         consumer = examples("consumer", "runner")["payments"](kafka.bootstrap_servers, topic, sessions)
@@ -122,11 +124,7 @@ async def test_the_runner_charges_each_order_once(
 async def test_the_runner_charges_each_order_once_on_asyncpg_alone(
     database: Database, connection: asyncpg.Connection, kafka: Kafka
 ) -> None:
-    topic = f"orders-{uuid4().hex}"
-    await kafka.create_topic(topic)
-    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all") as producer:
-        for id_ in ("1", "2", "1", "3"):
-            await producer.send_and_wait(topic, b"{}", key=id_.encode(), headers=[("id", b"m" + id_.encode())])
+    topic = await orders_in(kafka, "1213")
     defined = examples("consumer", "runner", "asyncpg")
     async with asyncpg.create_pool(database.url, min_size=1, max_size=4) as pool:
         consumer = defined["Consumer"](
@@ -155,11 +153,7 @@ async def test_the_runner_charges_each_order_once_on_asyncpg_alone(
 async def test_with_faststream_each_order_is_charged_once(
     database: Database, connection: asyncpg.Connection, kafka: Kafka
 ) -> None:
-    topic = f"orders-{uuid4().hex}"
-    await kafka.create_topic(topic)
-    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all") as producer:
-        for id_ in ("1", "2", "1", "3"):
-            await producer.send_and_wait(topic, b"{}", key=id_.encode(), headers=[("id", b"m" + id_.encode())])
+    topic = await orders_in(kafka, "1213")
     async with engine_of(database.url) as engine:
         defined = examples("consumer", "runner", "faststream")
         async with defined["payments_broker"](kafka.bootstrap_servers, topic, async_sessionmaker(engine)) as broker:
